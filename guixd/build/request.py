@@ -1,0 +1,65 @@
+"""What a client asks to be built, and under which options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from guixd.formats.path import StorePath
+
+
+class BuildMode(IntEnum):
+    """What to do with outputs that are valid already (values of the wire)."""
+
+    NORMAL = 0
+    REPAIR = 1
+    CHECK = 2
+
+
+class Level(IntEnum):
+    """Levels of log lines, the most important first (protocol.md §6)."""
+
+    ERROR = 0
+    INFO = 1
+    TALKATIVE = 2
+    CHATTY = 3
+    DEBUG = 4
+    VOMIT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An item that the client names: a derivation's outputs, or a path to substitute."""
+
+    path: StorePath
+    outputs: frozenset[str] | None = None
+    """Names of the wanted outputs; `None` for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """The options of one client that its builds obey; times in seconds, 0 for none."""
+
+    keep_failed: bool = False
+    keep_going: bool = False
+    fallback: bool = False
+    max_jobs: int = 1
+    cores: int = 0
+    timeout: int = 86400
+    max_silent_time: int = 3600
+    max_log_size: int = 0
+    rounds: int = 1
+    use_substitutes: bool = True
+    offload: bool = True
+    client_uid: int | None = None
+    """Owner of kept build trees; `None` without peer credentials."""
+    client_gid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """One request of one client."""
+
+    wanted: tuple[Wanted, ...]
+    mode: BuildMode = BuildMode.NORMAL
+    options: ClientOptions = ClientOptions()

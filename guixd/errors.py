@@ -1,0 +1,122 @@
+"""Errors that a client reads.
+
+Each error has the text for the client, the status integer that follows it on
+the wire, and a `reason` for programs.  One place, `service.session`, turns
+them into messages.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GuixdError(Exception):
+    """Something went wrong that the user should read about.
+
+    :cvar status: the integer after the message in an ERROR reply
+        (1; 100 for permanent build failures, 101 for timeouts).
+    :cvar reason: a word for programs and logs.
+    """
+
+    status: int = 1
+    reason: ClassVar[str] = "error"
+
+    @property
+    def text(self) -> str:
+        """The message, one or more lines without a final newline."""
+        return str(self.args[0]) if self.args else self.reason
+
+
+class ProtocolError(GuixdError):
+    """The peer broke the worker protocol, so that the connection must end."""
+
+    reason = "protocol"
+
+
+class UnsupportedOperation(GuixdError):
+    """The request is known but this daemon does not serve it (yet)."""
+
+    reason = "unsupported"
+
+
+class NotAllowed(GuixdError):
+    """The client lacks the privilege for this request."""
+
+    reason = "not-allowed"
+
+
+class NotInStore(GuixdError):
+    """A path is not the name of a direct child of the store."""
+
+    reason = "not-in-store"
+
+
+class PathNotValid(GuixdError):
+    """A store path is well-formed but not a valid item of the store."""
+
+    reason = "path-not-valid"
+
+
+class BadName(GuixdError):
+    """A name has characters that a store item must not have."""
+
+    reason = "bad-name"
+
+
+class BadHash(GuixdError):
+    """A hash does not have the form that its algorithm asks for."""
+
+    reason = "bad-hash"
+
+
+class BadArchive(GuixdError):
+    """Bytes that should be a NAR are not one, in its canonical form."""
+
+    reason = "bad-archive"
+
+
+class BadDerivation(GuixdError):
+    """A derivation does not parse, or lies about its outputs."""
+
+    reason = "bad-derivation"
+
+
+class StoreError(GuixdError):
+    """The store, its database or its file system refused something."""
+
+    reason = "store"
+
+
+class ReferencesCycle(StoreError):
+    """Items to register refer to each other in a circle."""
+
+    reason = "cycle"
+
+
+class BadSetting(GuixdError):
+    """An option or setting has a value that cannot be."""
+
+    reason = "bad-setting"
+
+
+class SandboxError(GuixdError):
+    """The container of a build could not be set up.
+
+    :ivar phase: the name of the phase that failed, see `guixd.sandbox`.
+    """
+
+    reason = "sandbox"
+
+    def __init__(self, phase: str, text: str) -> None:
+        super().__init__(text)
+        self.phase = phase
+
+
+class BuildError(GuixdError):
+    """A build or a whole build request failed; `status` is 1, 100 or 101."""
+
+    reason = "build"
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status

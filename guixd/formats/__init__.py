@@ -1,0 +1,1 @@
+"""Pure values and bytes: no input or output, no clock, no Twisted."""

@@ -1,0 +1,54 @@
+"""Interfaces between the layers, and for who embeds guixd or replaces a part."""
+
+from __future__ import annotations
+
+from zope.interface import Interface
+
+
+class IBuildObserver(Interface):
+    """A client's view of the builds that it wants.  Methods never block or raise."""
+
+    def log(level: int, text: str) -> None:
+        """One or more whole lines of the daemon's own, without the last newline."""
+
+    def trace(line: str) -> None:
+        """A machine-readable line beginning with `@ `, without a newline."""
+
+    def output(pid: int, chunk: bytes) -> None:
+        """What the builder PID of a build wrote."""
+
+
+class IBuilder(Interface):
+    """Builds derivations (layer `build`)."""
+
+    def build(request: object, observer: object) -> object:
+        """Carry out a `build.request.BuildRequest` for an `IBuildObserver`.
+
+        :return: a Deferred that fires with None, or fails with `BuildError` (or
+            another `GuixdError`); cancelling it gives the builds up.
+        """
+
+    def stop() -> object:
+        """End all builds; the Deferred fires when nothing of them is left."""
+
+
+class ILauncher(Interface):
+    """Starts builders in their containers."""
+
+    def spawn(protocol: object, spec: object) -> object:
+        """Run the builder of a `SandboxSpec` under an `IProcessProtocol`.
+
+        What the builder writes reaches `childDataReceived(1, data)`; at the end
+        `processExited` and, when the log pipe is at its end too, `processEnded`
+        get a `ProcessDone` or `ProcessTerminated`.
+
+        :return: a Deferred that fires with the `IProcessTransport` (its `pid`
+            is the builder's on the host) when set-up is done, just before the
+            program is run, or fails with `SandboxError`.
+        """
+
+    def kill_user(uid: int) -> object:
+        """Kill every process of UID; the Deferred fires when none is left."""
+
+    def stop() -> object:
+        """Kill all builders and end; the Deferred fires when that is done."""

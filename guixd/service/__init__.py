@@ -1,0 +1,1 @@
+"""The daemon: connections, sessions, options, and the Twisted service."""

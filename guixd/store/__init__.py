@@ -1,0 +1,1 @@
+"""Files and SQLite, in bounded blocking steps, without Twisted."""

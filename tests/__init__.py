@@ -1,0 +1,1 @@
+"""The tests of guixd, a mirror of its folders."""
