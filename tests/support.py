@@ -1,0 +1,82 @@
+"""What several tests need: a place of their own, and what they require of the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+_Test = TypeVar("_Test", bound=type)
+
+
+def in_ci() -> bool:
+    """Whether a test that cannot run is a failure (CI=true)."""
+    return os.environ.get("CI") == "true"
+
+
+def require(condition: bool, what: str) -> None:
+    """Skip the running test unless CONDITION; in CI fail instead.
+
+    :param what: what is missing, such as "root".
+    """
+    if not condition:
+        if in_ci():
+            raise AssertionError(f"CI must provide: {what}")
+        raise SkipTest(f"needs {what}")
+
+
+def requires(check: Callable[[], bool], what: str) -> Callable[[_Test], _Test]:
+    """Return a class decorator: each test is skipped, or fails in CI, unless CHECK()."""
+
+    def decorate(case: _Test) -> _Test:
+        original = case.setUp
+
+        def set_up(self: SynchronousTestCase) -> object:
+            require(check(), what)
+            return original(self)
+
+        case.setUp = set_up
+        return case
+
+    return decorate
+
+
+def is_root() -> bool:
+    """Whether tests may use build users, mounts and foreign ids."""
+    return os.geteuid() == 0
+
+
+@cache
+def has_user_namespaces() -> bool:
+    """Whether an unprivileged process can make a user namespace with mounts here."""
+    script = (
+        "import ctypes,os,sys\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "libc = ctypes.CDLL(None)\n"
+        "sys.exit(libc.unshare(0x10000000 | 0x00020000) != 0)\n"
+    )
+    return subprocess.run([sys.executable, "-I", "-c", script], check=False).returncode == 0
+
+
+requires_root = requires(is_root, "root")
+requires_user_namespaces = requires(has_user_namespaces, "unprivileged user namespaces")
+
+
+def temporary_directory(case: SynchronousTestCase, *, world_readable: bool = False) -> str:
+    """Return a fresh directory that is removed when the test CASE ends."""
+    directory = os.path.realpath(tempfile.mkdtemp(prefix="guixd-test-"))
+    if world_readable:
+        os.chmod(directory, 0o755)
+    case.addCleanup(
+        subprocess.run,
+        ["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", directory],
+        check=False,
+        stderr=subprocess.DEVNULL,
+    )
+    return directory
