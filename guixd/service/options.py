@@ -1,0 +1,288 @@
+"""The daemon's command line and environment as `Settings` (spec: options §1, §4)."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from twisted.python import usage
+
+from guixd import __version__
+from guixd.errors import BadSetting
+from guixd.service.commandline import Option, UsageError, Value, help_lines, parse, usage_lines
+from guixd.settings import Directories, Settings, UidRange
+
+PROGRAM = "guixd"
+STOCK_VERSION = "1.5.0"
+EXIT_USAGE = 64
+DEFAULT_BUILD_GID = 30000
+_MOST_BUILD_UIDS = 65536
+
+_required, _optional = Value.REQUIRED, Value.OPTIONAL
+OPTIONS: tuple[Option, ...] = (
+    Option("system", _required, "SYSTEM", "the system type that is built here"),
+    Option("cores", _required, "N", "processors that a build may use, 0 for all", "c"),
+    Option("max-jobs", _required, "N", "builds at a time, unless clients ask otherwise", "M"),
+    Option("timeout", _required, "SECONDS", "fail builds that take longer, 0 for never"),
+    Option("max-silent-time", _required, "SECONDS", "fail builds that are silent for longer"),
+    Option("rounds", _required, "N", "build everything N times and compare"),
+    Option("disable-chroot", help="build without containers"),
+    Option("chroot-directory", _required, "DIR", "show DIR to all builds, or INSIDE=OUTSIDE"),
+    Option("build-users-group", _required, "GROUP", "build as the members of GROUP"),
+    Option(
+        "build-uids", _required, "FIRST-LAST[:GID]",
+        "build as these numeric users, which need no entry in any file (guixd only;"
+        f" GID is {DEFAULT_BUILD_GID} by default)",
+    ),
+    Option("no-substitutes", help="build everything here"),
+    Option("substitute-urls", _required, "URLS", "where to look for substitutes"),
+    Option("no-offload", help="build nothing on other machines"),
+    Option("no-build-hook", alias_of="no-offload"),
+    Option("discover", _optional, "yes|no", "find substitute servers in the local network"),
+    Option("cache-failures", help="remember builds that failed"),
+    Option("lose-logs", help="keep no build logs"),
+    Option("log-compression", _required, "TYPE", "gzip, bzip2 or none"),
+    Option("disable-log-compression"),
+    Option("disable-deduplication", help="keep equal files of the store apart"),
+    Option("disable-store-optimization", alias_of="disable-deduplication"),
+    Option("impersonate-linux-2.6", help="pretend to be an old kernel to builds"),
+    Option("isolate-host-loopback", help="hide the host's loopback from downloading builds"),
+    Option("gc-keep-outputs", _optional, "yes|no", "keep outputs of live derivations"),
+    Option("gc-keep-derivations", _optional, "yes|no", "keep derivations of live outputs"),
+    Option("listen", _required, "ENDPOINT", "a socket's file name, or HOST[:PORT]; repeatable"),
+    Option("debug", help="log more"),
+    Option("help", help="show this help", short="?"),
+    Option("usage", help="show a short usage message"),
+    Option("version", help="show the version", short="V"),
+)  # fmt: skip
+
+
+class Information(Exception):
+    """The user asked for a text instead of a daemon; the program exits with status 0."""
+
+
+def help_text() -> str:
+    """Return what `--help` shows."""
+    return "\n".join(
+        [f"Usage: {PROGRAM} OPTION...", "The build daemon of GNU Guix on Twisted.", ""]
+        + list(help_lines(OPTIONS))
+        + ["", "A value that an option needs may follow '=' or be the next argument."]
+    )
+
+
+def version_text() -> str:
+    """Return what `--version` shows."""
+    return f"{PROGRAM} {__version__}\ncompatible with guix-daemon (GNU Guix) {STOCK_VERSION}"
+
+
+def parse_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Return what the command line ARGUMENTS and ENVIRON ask for.
+
+    :raises Information: a text was asked for.
+    :raises UsageError: the command line is wrong (status 64).
+    :raises BadSetting: a value is wrong (status 1).
+    """
+    chosen: dict[str, Any] = {}
+    for name, value in parse(OPTIONS, arguments):
+        if name == "help":
+            raise Information(help_text())
+        if name == "usage":
+            raise Information("\n".join(usage_lines(PROGRAM, OPTIONS)))
+        if name == "version":
+            raise Information(version_text())
+        _EFFECTS[name](chosen, value or "")
+    if chosen.get("build_uids") is not None and chosen.get("build_users_group") is not None:
+        raise BadSetting("--build-uids and --build-users-group cannot be used together")
+    return Settings(
+        directories=directories(environ),
+        ignore_symlink_store=environ.get("NIX_IGNORE_SYMLINK_STORE") == "1",
+        **chosen,
+    )
+
+
+def directories(environ: Mapping[str, str]) -> Directories:
+    """Return the directories that ENVIRON names.
+
+    :raises BadSetting: one is not an absolute file name.
+    """
+    default = Directories()
+    state = _directory(environ, ("GUIX_STATE_DIRECTORY",), default.state)
+    return Directories(
+        store=_directory(environ, ("NIX_STORE_DIR", "NIX_STORE"), default.store),
+        state=state,
+        log=_directory(environ, ("GUIX_LOG_DIRECTORY",), default.log),
+        database=_directory(environ, ("GUIX_DATABASE_DIRECTORY",), state + "/db"),
+        configuration=_directory(environ, ("GUIX_CONFIGURATION_DIRECTORY",), default.configuration),
+        temporary=os.path.realpath(_directory(environ, ("TMPDIR",), default.temporary)),
+    )
+
+
+def _directory(environ: Mapping[str, str], names: Sequence[str], default: str) -> str:
+    for name in names:
+        value = environ.get(name)
+        if value:
+            if not value.startswith("/"):
+                raise BadSetting(f"{name}: '{value}' is not an absolute path")
+            return "/" + os.path.normpath(value).lstrip("/")
+    return default
+
+
+def _number(name: str, text: str) -> int:
+    try:
+        if not text.isascii():
+            raise ValueError
+        number = int(text)
+    except ValueError:
+        raise BadSetting(f"option '--{name}' should have an integer value") from None
+    if number < 0:
+        raise BadSetting(f"option '--{name}' must not be negative")
+    return number
+
+
+def _boolean(name: str, text: str) -> bool:
+    known = {"": True, "yes": True, "no": False}
+    try:
+        return known[text.lower()]
+    except KeyError:
+        raise BadSetting(f"invalid Boolean value '{text}' of option '--{name}'") from None
+
+
+_Effect = Callable[[dict[str, Any], str], None]
+
+
+def _flag(field: str, meaning: bool) -> _Effect:
+    return lambda chosen, _text: chosen.update({field: meaning})
+
+
+def _text(field: str) -> _Effect:
+    return lambda chosen, text: chosen.update({field: text})
+
+
+def _integer(name: str, field: str) -> _Effect:
+    return lambda chosen, text: chosen.update({field: _number(name, text)})
+
+
+def _yes_or_no(name: str, field: str) -> _Effect:
+    return lambda chosen, text: chosen.update({field: _boolean(name, text)})
+
+
+def _rounds(chosen: dict[str, Any], text: str) -> None:
+    try:
+        chosen["rounds"] = max(1, _number("rounds", text))
+    except BadSetting:
+        raise BadSetting(f"invalid number of rounds '{text}'") from None
+
+
+def _listen(chosen: dict[str, Any], text: str) -> None:
+    chosen["listen"] = (*chosen.get("listen", ()), text)
+
+
+def _chroot_directory(chosen: dict[str, Any], text: str) -> None:
+    inside, equals, outside = text.partition("=")
+    pair = (inside, outside if equals else inside)
+    if not all(name.startswith("/") for name in pair):
+        raise BadSetting(f"--chroot-directory: '{text}' is not an absolute path")
+    chosen["chroot_directories"] = (*chosen.get("chroot_directories", ()), pair)
+
+
+def _compression(chosen: dict[str, Any], text: str) -> None:
+    if text not in ("gzip", "bzip2", "none"):
+        raise BadSetting(f"unknown log compression type '{text}'")
+    chosen["log_compression"] = text
+
+
+def _build_uids(chosen: dict[str, Any], text: str) -> None:
+    match = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})(?::([0-9]{1,10}))?", text)
+    if not match:
+        raise BadSetting(f"--build-uids: '{text}' is not of the form FIRST-LAST[:GID]")
+    first, last = int(match[1]), int(match[2])
+    gid = int(match[3]) if match[3] else DEFAULT_BUILD_GID
+    if not 0 < first <= last < 2**32 - 1 or not 0 < gid < 2**32 - 1:
+        raise BadSetting(f"--build-uids: '{text}' is no range of ids above 0")
+    if last - first >= _MOST_BUILD_UIDS:
+        raise BadSetting(f"--build-uids: more than {_MOST_BUILD_UIDS} users")
+    chosen["build_uids"] = UidRange(first, last - first + 1, gid)
+
+
+_EFFECTS: dict[str, _Effect] = {
+    "system": _text("system"),
+    "cores": _integer("cores", "cores"),
+    "max-jobs": _integer("max-jobs", "max_jobs"),
+    "timeout": _integer("timeout", "timeout"),
+    "max-silent-time": _integer("max-silent-time", "max_silent_time"),
+    "rounds": _rounds,
+    "disable-chroot": _flag("use_chroot", False),
+    "chroot-directory": _chroot_directory,
+    "build-users-group": lambda chosen, text: chosen.update(build_users_group=text or None),
+    "build-uids": _build_uids,
+    "no-substitutes": _flag("use_substitutes", False),
+    "substitute-urls": lambda chosen, text: chosen.update(substitute_urls=tuple(text.split())),
+    "no-offload": _flag("offload", False),
+    "discover": _yes_or_no("discover", "discover"),
+    "cache-failures": _flag("cache_failures", True),
+    "lose-logs": _flag("keep_log", False),
+    "log-compression": _compression,
+    "disable-log-compression": lambda chosen, _text: chosen.update(log_compression="none"),
+    "disable-deduplication": _flag("deduplicate", False),
+    "impersonate-linux-2.6": _flag("impersonate_linux_26", True),
+    "isolate-host-loopback": _flag("isolate_host_loopback", True),
+    "gc-keep-outputs": _yes_or_no("gc-keep-outputs", "gc_keep_outputs"),
+    "gc-keep-derivations": _yes_or_no("gc-keep-derivations", "gc_keep_derivations"),
+    "listen": _listen,
+    "debug": _flag("debug", True),
+}
+
+
+def not_effective(settings: Settings) -> tuple[str, ...]:
+    """Name what SETTINGS ask for and this version does not do yet."""
+    asked = {
+        "substitutes": settings.use_substitutes,
+        "offloading": settings.offload,
+        "discovery": settings.discover,
+        "caching of failures": settings.cache_failures,
+        "rounds": settings.rounds > 1,
+        "deduplication": settings.deduplicate,
+        "isolation of the host's loopback": settings.isolate_host_loopback,
+        "garbage collection": True,
+    }
+    return tuple(name for name, wanted in asked.items() if wanted)
+
+
+def settings_or_exit(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Return the settings, or say what is wrong and end the program (spec: options §5)."""
+    try:
+        return parse_settings(arguments, environ)
+    except Information as text:
+        print(text)
+        raise SystemExit(0) from None
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}\nTry '{PROGRAM} --help'.", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    except BadSetting as error:
+        print(f"error: {error.text}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class Options(usage.Options):
+    """The same command line for `twistd guixd OPTION...`.
+
+    :ivar settings: what was asked for, once `parseOptions` has run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.settings = Settings()
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Parse OPTIONS, by default the program's; may end the program."""
+        arguments = sys.argv[1:] if options is None else options
+        self.settings = settings_or_exit(arguments, os.environ)
+
+    def __str__(self) -> str:
+        return help_text()
+
+    def getUsage(self, width: int | None = None) -> str:
+        return help_text()
