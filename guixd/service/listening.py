@@ -113,9 +113,7 @@ def split_host_port(endpoint: str) -> tuple[str, int]:
     :raises BadSetting: no host, or no usable port after the colon.
     """
     host, colon, port = endpoint.rpartition(":")
-    if endpoint.startswith("[") and endpoint.endswith("]"):
-        host, colon, port = endpoint, "", ""
-    elif not colon or _is_ipv6(endpoint):
+    if (endpoint.startswith("[") and endpoint.endswith("]")) or not colon or _is_ipv6(endpoint):
         host, colon, port = endpoint, "", ""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

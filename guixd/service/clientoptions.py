@@ -1,0 +1,236 @@
+"""The options of one client (spec: protocol §6).
+
+A client sends some options at fixed positions and others as pairs of names and
+values.  The pairs are kept as text in a table, as helpers want them; what is
+typed is read from the table again each time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from guixd.build.request import ClientOptions
+from guixd.errors import BadSetting
+from guixd.settings import Settings
+
+MOST_SETTINGS = 1024
+"""How many different names a session can store."""
+_INTEGER = re.compile(r"[ \t\n\v\f\r]*([+-]?[0-9]{1,20})\Z", re.ASCII)
+_EVERYBODY = frozenset(
+    {
+        "build-timeout",
+        "build-max-silent-time",
+        "build-max-jobs",
+        "build-cores",
+        "build-repeat",
+        "multiplexed-build-output",
+    }
+)
+
+
+def read_integer(name: str, text: str, *, bits: int, signed: bool) -> int:
+    """Read TEXT as a C++ stream would: blanks before it, none after it.
+
+    A negative number for an unsigned type wraps around.
+
+    :raises BadSetting: TEXT is no integer or does not fit.
+    """
+    match = _INTEGER.match(text)
+    number = int(match[1]) if match else 0
+    limit = 1 << (bits - 1 if signed else bits)
+    if not match or abs(number) >= limit:
+        raise BadSetting(f"configuration setting '{name}' should have an integer value")
+    return number if signed else number % limit
+
+
+def _unsigned(name: str, text: str) -> int:
+    return read_integer(name, text, bits=32, signed=False)
+
+
+def _size(name: str, text: str) -> int:
+    return read_integer(name, text, bits=64, signed=False)
+
+
+def _seconds(name: str, text: str) -> int:
+    return max(0, read_integer(name, text, bits=64, signed=True))
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise BadSetting(
+            f"configuration setting '{name}' should be either 'true' or 'false', not '{text}'"
+        )
+    return text == "true"
+
+
+_TYPES: dict[str, Callable[[str, str], int | bool]] = {
+    "build-fallback": _boolean,
+    "build-max-jobs": _unsigned,
+    "build-cores": _unsigned,
+    "multiplexed-build-output": _boolean,
+    "build-max-silent-time": _seconds,
+    "build-timeout": _seconds,
+    "gc-reserved-space": _size,
+    "fsync-metadata": _boolean,
+    "use-sqlite-wal": _boolean,
+    "sync-before-registering": _boolean,
+    "build-use-substitutes": _boolean,
+    "build-use-chroot": _boolean,
+    "build-impersonate-linux-26": _boolean,
+    "build-keep-log": _boolean,
+    "build-max-log-size": _size,
+    "build-cache-failure": _boolean,
+    "build-poll-interval": _unsigned,
+    "gc-check-reachability": _boolean,
+    "gc-keep-outputs": _boolean,
+    "gc-keep-derivations": _boolean,
+    "auto-optimise-store": _boolean,
+    "env-keep-derivations": _boolean,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Positional:
+    """What SetOptions carries at fixed positions; None for what old clients leave out."""
+
+    keep_failed: bool
+    keep_going: bool
+    fallback: bool
+    verbosity: int
+    max_jobs: int | None = None
+    max_silent_time: int | None = None
+    offload: bool | None = None
+    build_verbosity: int | None = None
+    log_type: int | None = None
+    print_trace: bool | None = None
+    cores: int | None = None
+    use_substitutes: bool | None = None
+
+
+@dataclass(slots=True)
+class SessionOptions:
+    """The options of a session as they are now.
+
+    :ivar trusted: whether the client may set what it wants by name.
+    :ivar remote: whether it is connected by TCP.
+    """
+
+    settings: Settings
+    trusted: bool = False
+    remote: bool = False
+    keep_failed: bool = False
+    keep_going: bool = False
+    offload: bool = field(default=True)
+    verbosity: int = 1
+    build_verbosity: int = 0
+    log_type: int = 0
+    print_trace: bool = False
+    table: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.offload = self.settings.offload
+        if self.settings.debug:
+            self.verbosity = 4
+
+    def apply(self, fixed: Positional, pairs: Iterable[tuple[str, str]]) -> list[str]:
+        """Take over what one SetOptions says; pairs it omits keep their values.
+
+        :return: the user names that a client on TCP gave.
+        :raises BadSetting: a value is of the wrong type.
+        """
+        self.keep_failed = fixed.keep_failed and not self.remote
+        self.keep_going = fixed.keep_going
+        self.verbosity = fixed.verbosity
+        self._store("build-fallback", _text_of(fixed.fallback))
+        if fixed.max_jobs is not None:
+            self._store("build-max-jobs", str(fixed.max_jobs))
+        if fixed.max_silent_time is not None:
+            self._store("build-max-silent-time", str(fixed.max_silent_time))
+        if fixed.offload is not None:
+            self.offload = fixed.offload
+        if fixed.build_verbosity is not None:
+            self.build_verbosity = fixed.build_verbosity
+        if fixed.log_type is not None:
+            self.log_type = fixed.log_type
+        if fixed.print_trace is not None:
+            self.print_trace = fixed.print_trace
+        if fixed.cores is not None:
+            self._store("build-cores", str(fixed.cores))
+        if fixed.use_substitutes is not None and self.use_substitutes:
+            self._store("build-use-substitutes", _text_of(fixed.use_substitutes))
+        users = list(self._store_pairs(pairs))
+        for name, read in _TYPES.items():
+            if name in self.table:
+                read(name, self.table[name])
+        return users
+
+    def _store_pairs(self, pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+        """Store PAIRS by the rules of trust; yield the user names instead."""
+        for name, value in pairs:
+            if name in _EVERYBODY:
+                self._store(name, value)
+            elif name == "user-name" and self.remote:
+                yield value
+            else:
+                self._store(name if self.trusted else f"untrusted-{name}", value)
+
+    def _store(self, name: str, value: str) -> None:
+        if name not in self.table and len(self.table) >= MOST_SETTINGS:
+            raise BadSetting(f"more than {MOST_SETTINGS} settings in one session")
+        self.table[name] = value
+
+    def _typed(self, name: str, default: int) -> int:
+        text = self.table.get(name)
+        return default if text is None else _TYPES[name](name, text)
+
+    @property
+    def use_substitutes(self) -> bool:
+        """Whether substitutes are wanted; once off, only a trusted name turns them on."""
+        return bool(self._typed("build-use-substitutes", self.settings.use_substitutes))
+
+    @property
+    def multiplexed(self) -> bool:
+        """Whether builder output is marked with the builder's process id."""
+        return bool(self._typed("multiplexed-build-output", False))
+
+    def substitute_urls(self) -> tuple[str, ...]:
+        """Return where this client looks for substitutes (spec: protocol §5, op 81)."""
+        if not self.use_substitutes:
+            return ()
+        for name in ("untrusted-substitute-urls", "substitute-urls"):
+            urls = self.table.get(name)
+            if urls is not None and (urls or name == "substitute-urls"):
+                return tuple(urls.split())
+        return self.settings.substitute_urls
+
+    def for_builds(self, uid: int | None, gid: int | None) -> ClientOptions:
+        """Return the options of a build that the client UID:GID asks for now.
+
+        :raises BadSetting: the number of rounds is no integer.
+        """
+        repeat = self.table.get("build-repeat")
+        if repeat is None:
+            rounds = self.settings.rounds
+        else:
+            rounds = 1 + read_integer("build-repeat", repeat, bits=32, signed=True)
+        return ClientOptions(
+            keep_failed=self.keep_failed,
+            keep_going=self.keep_going,
+            fallback=bool(self._typed("build-fallback", False)),
+            max_jobs=self._typed("build-max-jobs", self.settings.max_jobs),
+            cores=self._typed("build-cores", self.settings.cores),
+            timeout=self._typed("build-timeout", self.settings.timeout),
+            max_silent_time=self._typed("build-max-silent-time", self.settings.max_silent_time),
+            max_log_size=self._typed("build-max-log-size", self.settings.max_log_size),
+            rounds=max(1, rounds),
+            use_substitutes=self.use_substitutes,
+            offload=self.offload,
+            client_uid=uid,
+            client_gid=gid,
+        )
+
+
+def _text_of(value: bool) -> str:
+    return "true" if value else "false"
