@@ -17,6 +17,13 @@ class IBuildObserver(Interface):
     def output(pid: int, chunk: bytes) -> None:
         """What the builder PID of a build wrote."""
 
+    def full() -> object:
+        """None, or a Deferred that fires when the client has read enough to take more output.
+
+        Asked before each `output`; while it waits this client's part of the log
+        is kept for it, and a builder that all of its clients fall behind is held.
+        """
+
 
 class IBuilder(Interface):
     """Builds derivations (layer `build`)."""

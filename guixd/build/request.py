@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 from guixd.formats.path import StorePath
+
+
+class Roots(Protocol):
+    """The temporary roots of a session; they last as long as the session (gc.md §4)."""
+
+    def add(self, path: StorePath, /) -> object:
+        """Protect PATH; returns nothing of interest, or raises `store.roots.Busy`."""
 
 
 class BuildMode(IntEnum):
@@ -63,3 +71,5 @@ class BuildRequest:
     wanted: tuple[Wanted, ...]
     mode: BuildMode = BuildMode.NORMAL
     options: ClientOptions = ClientOptions()
+    roots: Roots | None = None
+    """Where derivations and outputs are protected; `None` lets the builder use its own."""
