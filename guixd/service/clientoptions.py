@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from guixd.build.request import ClientOptions
 from guixd.errors import BadSetting
+from guixd.formats.operations import SetOptions
 from guixd.settings import Settings
 
 MOST_SETTINGS = 1024
@@ -91,24 +92,6 @@ _TYPES: dict[str, Callable[[str, str], int | bool]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Positional:
-    """What SetOptions carries at fixed positions; None for what old clients leave out."""
-
-    keep_failed: bool
-    keep_going: bool
-    fallback: bool
-    verbosity: int
-    max_jobs: int | None = None
-    max_silent_time: int | None = None
-    offload: bool | None = None
-    build_verbosity: int | None = None
-    log_type: int | None = None
-    print_trace: bool | None = None
-    cores: int | None = None
-    use_substitutes: bool | None = None
-
-
 @dataclass(slots=True)
 class SessionOptions:
     """The options of a session as they are now.
@@ -134,33 +117,33 @@ class SessionOptions:
         if self.settings.debug:
             self.verbosity = 4
 
-    def apply(self, fixed: Positional, pairs: Iterable[tuple[str, str]]) -> list[str]:
-        """Take over what one SetOptions says; pairs it omits keep their values.
+    def apply(self, request: SetOptions) -> list[str]:
+        """Take over what REQUEST says; pairs it omits keep their values.
 
         :return: the user names that a client on TCP gave.
         :raises BadSetting: a value is of the wrong type.
         """
-        self.keep_failed = fixed.keep_failed and not self.remote
-        self.keep_going = fixed.keep_going
-        self.verbosity = fixed.verbosity
-        self._store("build-fallback", _text_of(fixed.fallback))
-        if fixed.max_jobs is not None:
-            self._store("build-max-jobs", str(fixed.max_jobs))
-        if fixed.max_silent_time is not None:
-            self._store("build-max-silent-time", str(fixed.max_silent_time))
-        if fixed.offload is not None:
-            self.offload = fixed.offload
-        if fixed.build_verbosity is not None:
-            self.build_verbosity = fixed.build_verbosity
-        if fixed.log_type is not None:
-            self.log_type = fixed.log_type
-        if fixed.print_trace is not None:
-            self.print_trace = fixed.print_trace
-        if fixed.cores is not None:
-            self._store("build-cores", str(fixed.cores))
-        if fixed.use_substitutes is not None and self.use_substitutes:
-            self._store("build-use-substitutes", _text_of(fixed.use_substitutes))
-        users = list(self._store_pairs(pairs))
+        self.keep_failed = request.keep_failed and not self.remote
+        self.keep_going = request.keep_going
+        self.verbosity = request.verbosity
+        self._store("build-fallback", _text_of(request.try_fallback))
+        if request.max_jobs is not None:
+            self._store("build-max-jobs", str(request.max_jobs))
+        if request.max_silent_time is not None:
+            self._store("build-max-silent-time", str(request.max_silent_time))
+        if request.use_offload is not None:
+            self.offload = request.use_offload
+        if request.build_verbosity is not None:
+            self.build_verbosity = request.build_verbosity
+        if request.log_type is not None:
+            self.log_type = request.log_type
+        if request.print_build_trace is not None:
+            self.print_trace = request.print_build_trace
+        if request.build_cores is not None:
+            self._store("build-cores", str(request.build_cores))
+        if request.use_substitutes is not None and self.use_substitutes:
+            self._store("build-use-substitutes", _text_of(request.use_substitutes))
+        users = list(self._store_pairs(request.pairs))
         for name, read in _TYPES.items():
             if name in self.table:
                 read(name, self.table[name])
