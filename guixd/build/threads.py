@@ -1,0 +1,33 @@
+"""Running blocking steps in worker threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IReactorFromThreads
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.threadpool import ThreadPool
+
+T = TypeVar("T")
+
+
+class Threads(Protocol):
+    """Calls a function somewhere it may block; the Deferred gets what it returns."""
+
+    def __call__(self, function: Callable[..., T], /, *args: Any) -> Deferred[T]: ...
+
+
+def pool_threads(reactor: IReactorFromThreads, pool: ThreadPool) -> Threads:
+    """Return `Threads` that use POOL, which the caller starts and stops."""
+
+    def call(function: Callable[..., T], /, *args: Any) -> Deferred[T]:
+        return deferToThreadPool(reactor, pool, function, *args)
+
+    return call
+
+
+def inline(function: Callable[..., T], /, *args: Any) -> Deferred[T]:
+    """Call FUNCTION at once, in this thread; `Threads` for tests."""
+    return maybeDeferred(function, *args)
