@@ -6,10 +6,8 @@ operation only; what comes at other times is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from guixd.build.request import Level
