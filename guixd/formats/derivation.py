@@ -19,10 +19,10 @@ from guixd.formats.path import DERIVATION_SUFFIX, StoreDirectory, StorePath
 MAXIMUM_SIZE = 64 << 20
 """The longest text of a derivation, in bytes."""
 
-# Stand for escapes while a text is cut at its quotes; decoding never yields these.
-_BACKSLASH = "\ud800"
-_QUOTE = "\ud801"
-_ESCAPES = str.maketrans({'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+# Stand for escapes while a text is cut at its quotes: rare characters, or, if these
+# occur in it, such as decoding never yields (but which make a wide, slow string).
+_MARKS = ("\x01", "\x02"), ("\ud800", "\ud801")
+_ESCAPES = ("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")
 _STRING = "\0"
 
 _Text = TypeVar("_Text", bound=str)
@@ -135,14 +135,22 @@ def _parse(data: bytes, store: StoreDirectory) -> Derivation:
     for raw, what in ("\0", "NUL"), ("\n", "newline"), ("\r", "return"), ("\t", "tabulator"):
         if raw in text:
             raise _Unreadable(f"raw {what} character at offset {text.index(raw)}")
-    escaped = "\\" in text
-    if escaped:
+    backslash = quote = ""
+    if "\\" in text:
         # Runs of backslashes pair up from their start, as in reading byte by byte.
-        text = text.replace("\\\\", _BACKSLASH).replace('\\"', _QUOTE)
+        backslash, quote = _MARKS["\x01" in text or "\x02" in text]
+        text = text.replace("\\\\", backslash).replace('\\"', quote)
+        if "\\" in text:
+            text = text.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+            if "\\" in text:
+                raise _Unreadable("unknown escape in a string")
     pieces = text.split('"')
-    if not len(pieces) & 1:
+    strings = pieces[1::2]
+    if len(strings) == len(pieces[0::2]):
         raise _Unreadable("end of text in a string")
-    strings = [_unescape(s) for s in pieces[1::2]] if escaped else pieces[1::2]
+    if quote and strings:
+        text = _STRING.join(strings).replace(backslash, "\\").replace(quote, '"')
+        strings = text.split(_STRING)
     # What is left between the strings decides how they belong together.
     sections = _STRING.join(pieces[0::2]).split("],[")
     if len(sections) != 4:
@@ -217,17 +225,9 @@ def _input_lists(skeleton: str) -> list[int]:
     return counts
 
 
-def _unescape(text: str) -> str:
-    if "\\" in text:
-        text = text.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
-        if "\\" in text:
-            raise _Unreadable("unknown escape in a string")
-    return text.replace(_BACKSLASH, "\\").replace(_QUOTE, '"')
-
-
 def _path(text: str, store: StoreDirectory) -> StorePath:
-    prefix = len(store.path)
-    if text.rfind("/") != prefix or not text.startswith(store.path) or len(text) == prefix + 1:
+    directory, _, base = text.rpartition("/")
+    if directory != store.path or not base:
         raise _Unreadable(f"bad path '{text}'")
     return StorePath(text)
 
@@ -239,58 +239,42 @@ def _bytes(text: str) -> bytes:
 def _sorted(texts: Iterable[_Text]) -> list[_Text]:
     """Sort as bytes are; code points do so too, but for bytes that are no UTF-8."""
     ordered = sorted(texts)
-    if any(not text.isascii() for text in ordered):
+    if len(ordered) > 1 and not "".join(ordered).isascii():
         ordered.sort(key=_bytes)
     return ordered
 
 
-def _quote(text: str) -> str:
-    return f'"{text.translate(_ESCAPES)}"'
-
-
-def _strings(texts: Iterable[str]) -> str:
-    texts = tuple(texts)
-    joined = "".join(texts)
-    if '"' in joined or "\\" in joined or "\n" in joined or "\r" in joined or "\t" in joined:
-        texts = tuple([text.translate(_ESCAPES) for text in texts])
-    return '["' + '","'.join(texts) + '"]' if texts else "[]"
-
-
 def serialise(drv: Derivation) -> bytes:
     """Write DRV in its canonical form."""
-    outputs = [(name, drv.outputs[name]) for name in _sorted(drv.outputs)]
-    return _serialise(
-        drv,
-        [(name, output.path, output.algorithm, output.hash) for name, output in outputs],
-        drv.inputs,
-        drv.environment,
-    )
+    return _serialise(drv, drv.inputs, drv.environment)
 
 
 def _serialise(
     drv: Derivation,
-    outputs: Iterable[tuple[str, str, str, str]],
     inputs: Mapping[_Text, tuple[str, ...]],
     environment: Mapping[str, str],
+    masked: bool = False,
 ) -> bytes:
-    input_texts = [f"({_quote(key)},{_strings(_sorted(inputs[key]))})" for key in _sorted(inputs)]
-    output_texts = ["(" + _strings(output)[1:-1] + ")" for output in outputs]
-    names = _sorted(environment)
-    pairs: list[str] = []
-    for name in names:
-        pairs += (name, environment[name])
-    joined = "".join(pairs)
-    if '"' in joined or "\\" in joined or "\n" in joined or "\r" in joined or "\t" in joined:
-        pairs = [text.translate(_ESCAPES) for text in pairs]
-    variables = [
-        f'("{name}","{value}")' for name, value in zip(pairs[0::2], pairs[1::2], strict=True)
-    ]
+    # NUL, which no string may have, stands for quotes until all is escaped at once.
+    outputs = []
+    for name in _sorted(drv.outputs):
+        output = drv.outputs[name]
+        path = "" if masked else output.path
+        outputs.append(f"(\0{name}\0,\0{path}\0,\0{output.algorithm}\0,\0{output.hash}\0)")
+    used = [f"(\0{key}\0,{_list(_sorted(inputs[key]))})" for key in _sorted(inputs)]
+    variables = [f"(\0{name}\0,\0{environment[name]}\0)" for name in _sorted(environment)]
     text = (
-        f"Derive([{','.join(output_texts)}],[{','.join(input_texts)}],"
-        f"{_strings(_sorted(set(drv.sources)))},{_quote(drv.platform)},{_quote(drv.builder)},"
-        f"{_strings(drv.arguments)},[{','.join(variables)}])"
+        f"Derive([{','.join(outputs)}],[{','.join(used)}],{_list(_sorted(set(drv.sources)))},"
+        f"\0{drv.platform}\0,\0{drv.builder}\0,{_list(drv.arguments)},[{','.join(variables)}])"
     )
-    return text.encode("utf-8", "surrogateescape")
+    for raw, escape in _ESCAPES:
+        if raw in text:
+            text = text.replace(raw, escape)
+    return text.replace("\0", '"').encode("utf-8", "surrogateescape")
+
+
+def _list(strings: Collection[str]) -> str:
+    return "[\0" + "\0,\0".join(strings) + "\0]" if strings else "[]"
 
 
 # --- hashes and output paths --------------------------------------------------
@@ -309,30 +293,17 @@ def hash_modulo(drv: Derivation, input_hash: InputHash) -> bytes:
     """
     if drv.is_fixed:
         out = drv.outputs["out"]
-        text = f"fixed:out:{out.algorithm}:{out.hash}:{out.path}"
-        return hashlib.sha256(_bytes(text)).digest()
-    outputs = [(name, drv.outputs[name]) for name in _sorted(drv.outputs)]
-    return hashlib.sha256(
-        _serialise(
-            drv,
-            [(name, output.path, output.algorithm, output.hash) for name, output in outputs],
-            _hashed_inputs(drv, input_hash),
-            drv.environment,
-        )
-    ).digest()
+        text = _bytes(f"fixed:out:{out.algorithm}:{out.hash}:{out.path}")
+    else:
+        text = _serialise(drv, _hashed_inputs(drv, input_hash), drv.environment)
+    return hashlib.sha256(text).digest()
 
 
 def masked_hash(drv: Derivation, input_hash: InputHash) -> bytes:
     """Return the hash that names the outputs of DRV: its own paths do not count (§4)."""
-    outputs = [(name, drv.outputs[name]) for name in _sorted(drv.outputs)]
-    return hashlib.sha256(
-        _serialise(
-            drv,
-            [(name, "", output.algorithm, output.hash) for name, output in outputs],
-            _hashed_inputs(drv, input_hash),
-            {**drv.environment, **dict.fromkeys(drv.outputs, "")},
-        )
-    ).digest()
+    environment = {**drv.environment, **dict.fromkeys(drv.outputs, "")}
+    text = _serialise(drv, _hashed_inputs(drv, input_hash), environment, masked=True)
+    return hashlib.sha256(text).digest()
 
 
 def compute_output_paths(
