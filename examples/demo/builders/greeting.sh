@@ -1,0 +1,3 @@
+echo "writing the greeting"
+mkdir "$out"
+echo "Hello from $name, made $when." >"$out/message"

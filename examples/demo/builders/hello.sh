@@ -1,0 +1,6 @@
+echo "rendering with $tool"
+mkdir "$out" "$out/bin"
+set -- "$tool/share/banner.txt" "$greeting/message"
+. "$tool/bin/render" >"$out/bin/hello"
+chmod +x "$out/bin/hello"
+echo "made a program that shows $greeting/message"

@@ -1,0 +1,6 @@
+echo "configuring $src"
+mkdir "$out" "$out/bin" "$out/share"
+sed "s/@name@/render/" "$src/render.in" >"$out/bin/render"
+cp "$src/banner.txt" "$out/share/banner.txt"
+chmod +x "$out/bin/render"
+echo "installed render and its banner"
