@@ -1,0 +1,120 @@
+"""A Debian guest with the stock Guix in it: client and daemon, of other hands than ours.
+
+The guest lies in `$GUIXD_GUEST_DIR/sid` (default ~/.cache/guixd/guest/sid) and is made
+once, as root, with mmdebstrap from the Debian archive that this machine's apt uses.
+Nothing is changed in it afterwards: commands see it through a view of their own, see
+view.sh.  CI must be able to make it; elsewhere tests that need it are skipped without.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from tests.support import is_root, requires
+
+PACKAGES = (
+    "guix", "ca-certificates", "busybox-static", "mount", "util-linux",
+    "git", "slirp4netns", "lzip", "zstd", "sqlite3",
+)  # fmt: skip
+BUILD_USERS = range(30001, 30011)
+BUILD_GROUP = 30000
+PLAIN_USER = 31000
+
+_VIEW = Path(__file__).with_name("view.sh")
+
+
+def directory() -> Path:
+    """Return the directory that holds the guest."""
+    return Path(os.environ.get("GUIXD_GUEST_DIR") or Path.home() / ".cache/guixd/guest")
+
+
+def debian_archive(sources: str) -> str | None:
+    """Return the first Debian archive in SOURCES, text of apt's lists, either notation."""
+    found = re.search(
+        r"^(?:URIs:\s*|deb\s+(?:\[[^]]*\]\s+)?)(\S+/debian)/*(?=\s|$)", sources, re.MULTILINE
+    )
+    return found.group(1) if found else None
+
+
+def _apt_sources() -> str:
+    etc = Path("/etc/apt")
+    files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
+    return "\n".join(
+        file.read_text()
+        for file in files
+        if file.suffix in (".list", ".sources") and file.is_file()
+    )
+
+
+def _make(root: Path) -> None:
+    archive = debian_archive(_apt_sources())
+    if archive is None:
+        raise OSError("/etc/apt names no Debian archive")
+    if root.exists():
+        shutil.rmtree(root)
+    subprocess.run(
+        [
+            "mmdebstrap", "--variant=apt", "--include=" + ",".join(PACKAGES),
+            '--aptopt=Acquire::Check-Valid-Until "false"',
+            "sid", str(root), f"deb [trusted=yes] {archive} sid main",
+        ],
+        check=True,
+    )  # fmt: skip
+    # Entries are appended rather than made with useradd, which a guest may come without.
+    members = [f"guixbuilder{uid - BUILD_GROUP:02}" for uid in BUILD_USERS]
+    with (root / "etc/group").open("a") as group:
+        group.write(f"guixbuild:x:{BUILD_GROUP}:{','.join(members)}\nguixtest:x:{PLAIN_USER}:\n")
+    with (root / "etc/passwd").open("a") as passwd:
+        for uid, name in zip(BUILD_USERS, members, strict=True):
+            passwd.write(f"{name}:x:{uid}:{BUILD_GROUP}:build user:/var/empty:/usr/sbin/nologin\n")
+        passwd.write(f"guixtest:x:{PLAIN_USER}:{PLAIN_USER}::/home/guixtest:/bin/sh\n")
+    (root / ".complete").touch()
+
+
+@cache
+def root() -> Path:
+    """Return the guest's root directory, made if it is not there yet.
+
+    :raises OSError, subprocess.CalledProcessError: it cannot be made here.
+    """
+    place = directory()
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "sid/.complete").exists():
+            _make(place / "sid")
+    return place.resolve() / "sid"
+
+
+@cache
+def _available() -> bool:
+    if not is_root():
+        return False
+    try:
+        root()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no guest: {error}")
+        return False
+    return True
+
+
+requires_guest = requires(_available, "root and a guest with the stock Guix")
+
+
+def view(
+    base: Path, binds: Mapping[str, str], command: Sequence[str], user: int | None = None
+) -> list[str]:
+    """Return the command line that runs COMMAND with BASE as its root.
+
+    :param binds: from places in the view to directories of this machine.
+    :param user: uid, and gid, to run as; root by default.
+    """
+    pairs = [f"{source}:{place}" for place, source in binds.items()]
+    return ["sh", str(_VIEW), str(base), "-" if user is None else str(user), *pairs, "--", *command]

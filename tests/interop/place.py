@@ -1,0 +1,196 @@
+"""A store at /gnu/store with its state at /var/guix, for either daemon and its clients.
+
+The names are those that a stock client has built in, so that store paths and output can
+be compared between daemons word by word; the directories behind them are a test's own.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.interop import guest
+from tests.support import temporary_directory
+
+SCENARIOS = Path(__file__).with_name("scenarios")
+CHECKOUT = Path(__file__).parents[2]
+BUILD_UIDS = f"{guest.BUILD_USERS[0]}-{guest.BUILD_USERS[-1]}:{guest.BUILD_GROUP}"
+CLIENT_SECONDS = 60
+TOOLS = (
+    "sh", "cat", "chmod", "cut", "dd", "echo", "env", "grep", "head", "id", "kill", "ln", "ls",
+    "mkdir", "mkfifo", "readlink", "sed", "seq", "sleep", "sort", "stat", "tail", "touch",
+    "hostname", "ip", "awk",
+)  # fmt: skip
+
+GUIXD = "guixd"
+STOCK = "guix-daemon"
+
+
+class Place:
+    """Directories of one store, the daemons that serve it, and their clients.
+
+    Daemons get their socket by activation, so that clients can connect at once.
+    """
+
+    def __init__(self, case: SynchronousTestCase) -> None:
+        self.directory = Path(temporary_directory(case, world_readable=True))
+        for name in ("store", "state", "log", "build", "home", "work"):
+            (self.directory / name).mkdir()
+        for name in ("home", "work"):
+            (self.directory / name).chmod(0o1777)
+        self.binds = {
+            "/gnu/store": str(self.directory / "store"),
+            "/var/guix": str(self.directory / "state"),
+            "/var/log/guix": str(self.directory / "log"),
+        }
+        self.names: dict[str, str] = {}
+        (self.directory / "state/daemon-socket").mkdir()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._tools()
+        for scenario in SCENARIOS.iterdir():
+            shutil.copy(scenario, self.directory / "work")
+        case.addCleanup(self.stop)
+
+    def _tools(self) -> None:
+        """Make the directory tree that builders have for their programs."""
+        tools = self.directory / "work/tools/bin"
+        tools.mkdir(parents=True)
+        shutil.copy(guest.root() / "bin/busybox", tools / "busybox")
+        for tool in TOOLS:
+            (tools / tool).symlink_to("busybox")
+
+    def start(self, daemon: str, *options: str, name: str = "socket") -> None:
+        """Start DAEMON, `GUIXD` or `STOCK`, with OPTIONS, on the socket NAME."""
+        assert name not in self._processes
+        if daemon == GUIXD:
+            base = Path("/")
+            command = [sys.executable, "-m", "guixd", f"--build-uids={BUILD_UIDS}"]
+        else:
+            base = guest.root()
+            command = ["guix-daemon", "--build-users-group=guixbuild"]
+        command += ["--no-substitutes", "--no-offload", *options]
+        environment = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "LC_ALL": "C.UTF-8",
+            "HOME": str(self.directory / "home"),
+            "TMPDIR": str(self.directory / "build"),
+            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **self.names,
+        }
+        path = self.directory / "state/daemon-socket" / name
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
+        path.chmod(0o666)
+        listening.listen(64)
+        activate = 'exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+        with listening, (self.directory / "daemon.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                ["sh", "-c", activate, "sh", *guest.view(base, self.binds, command)],
+                stdin=listening, stdout=log, stderr=log, env=environment, cwd="/",
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Stop all daemons and wait for their ends."""
+        while self._processes:
+            _, process = self._processes.popitem()
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+
+    def log(self) -> str:
+        """Return what the daemons of this place wrote for their administrator."""
+        return (self.directory / "daemon.log").read_text(errors="replace")
+
+    def client(
+        self, *command: str, user: int | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start COMMAND in the guest with the daemon at the place where it expects it."""
+        return subprocess.Popen(
+            guest.view(guest.root(), self.binds, command, user),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.directory / "work",
+            env={
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "LC_ALL": "C.UTF-8",
+                "HOME": str(self.directory / "home"),
+                "WORK": str(self.directory / "work"),
+                "GUILE_AUTO_COMPILE": "0",
+                **self.names,
+                **environment,
+            },
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen[str], *, status: int | None = 0) -> Output:
+        """Wait for a client; fail unless it exits with STATUS (any, when None)."""
+        try:
+            out, err = process.communicate(timeout=CLIENT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"client hangs: {out}{err}\n{self.log()}") from None
+        if status is not None and process.returncode != status:
+            raise AssertionError(
+                f"client exited {process.returncode}, not {status}:\n{out}{err}\n{self.log()}"
+            )
+        return Output(out, err, process.returncode)
+
+    def run(self, *command: str, status: int | None = 0, user: int | None = None) -> Output:
+        """Run COMMAND in the guest to its end."""
+        return self.finish(self.client(*command, user=user), status=status)
+
+    def scheme(self, scenario: str, *, user: int | None = None, **environment: str) -> Facts:
+        """Run a scenario and return what it showed."""
+        return Facts(self.finish(self.scenario(scenario, user=user, **environment)).out)
+
+    def scenario(
+        self, scenario: str, *, user: int | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start `guix repl` on the file SCENARIO of the directory scenarios."""
+        script = str(self.directory / "work" / scenario)
+        return self.client("guix", "repl", "--", script, user=user, **environment)
+
+    def outside(self, item: str) -> Path:
+        """Return where the store file name ITEM lies on this machine."""
+        return self.directory / "store" / Path(item).relative_to("/gnu/store")
+
+
+class Output:
+    """What a client wrote, and its exit status."""
+
+    def __init__(self, out: str, err: str, status: int) -> None:
+        self.out, self.err, self.status = out, err, status
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+class Facts(dict[str, str]):
+    """The `LABEL: VALUE` lines of a scenario, by label; values in Scheme's notation."""
+
+    def __init__(self, text: str) -> None:
+        for line in text.splitlines():
+            label, separator, value = line.partition(": ")
+            if separator:
+                assert label not in self, f"{label} shown twice"
+                self[label] = value
+
+    def text(self, label: str) -> str:
+        """Return a value that is one string, without its quotes."""
+        return self[label].strip('"')
+
+    def strings(self, label: str) -> list[str]:
+        """Return the strings in a value, in order."""
+        return re.findall(r'"([^"]*)"', self[label])
