@@ -1,0 +1,80 @@
+"""Finding the hash parts of store items in a stream (spec: build §10).
+
+A hash part is 32 characters of an alphabet that leaves out the most frequent
+letters, so that long runs of it are rare.  Every 32 characters contain eight
+whose position is a multiple of four: only where eight such samples in a row
+are in the alphabet does it pay to look closely.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from operator import itemgetter
+
+from guixd.formats.hashes import BASE32_ALPHABET
+from guixd.formats.path import HASH_LENGTH
+
+_STRIDE = 4
+_IN, _OUT = b"x", b"-"
+_CLASSES = bytes(_IN[0] if byte in BASE32_ALPHABET.encode() else _OUT[0] for byte in range(256))
+_SAMPLES = _IN * (HASH_LENGTH // _STRIDE)
+_BLANKED = bytes(byte if byte in BASE32_ALPHABET.encode() else 32 for byte in range(256))
+_FIRST = itemgetter(0)
+_WINDOWS = struct.Struct(f"{HASH_LENGTH}s")
+_CARRIED = HASH_LENGTH - 1
+_LONG = 512  # windows in a run from which the set-up of a loop in C pays
+
+
+class Scanner:
+    """Finds which of some hash parts occur in a stream, however it is cut into blocks.
+
+    :ivar found: the hash parts that have occurred.
+    """
+
+    def __init__(self, hash_parts: Iterable[str]) -> None:
+        self.found: set[str] = set()
+        self._wanted = {part.encode() for part in hash_parts}
+        self._carry = b""
+
+    def update(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Look at the next bytes of the stream."""
+        if not self._wanted:
+            return
+        block = bytes(chunk)
+        self._look(self._carry + block[:_CARRIED])
+        if len(block) > _CARRIED:
+            self._look(block)
+            self._carry = block[-_CARRIED:]
+        else:
+            self._carry = (self._carry + block)[-_CARRIED:]
+
+    def _look(self, block: bytes) -> None:
+        classes = block[::_STRIDE].translate(_CLASSES)
+        at = classes.find(_SAMPLES)
+        while at >= 0:
+            end = classes.find(_OUT, at)
+            if end < 0:
+                end = len(classes)
+            # Between the samples before and after those that are in the alphabet.
+            lower = max((at - 1) * _STRIDE + 1, 0)
+            for run in block[lower : end * _STRIDE].translate(_BLANKED).split():
+                if len(run) >= HASH_LENGTH:
+                    self._match(run)
+            at = classes.find(_SAMPLES, end)
+
+    def _match(self, run: bytes) -> None:
+        """Compare each 32 characters of RUN with what is wanted."""
+        wanted = self._wanted
+        count = len(run) - _CARRIED
+        if count < _LONG:
+            hits = {part for at in range(count) if (part := run[at : at + HASH_LENGTH]) in wanted}
+        else:
+            hits = set()
+            for at in range(HASH_LENGTH):
+                size = (len(run) - at) // HASH_LENGTH * HASH_LENGTH
+                parts = map(_FIRST, _WINDOWS.iter_unpack(run[at : at + size]))
+                hits |= wanted.intersection(parts)
+        if hits:
+            wanted -= hits
+            self.found.update(part.decode() for part in hits)
