@@ -103,16 +103,12 @@ class MessageReader:
             if number is MORE:
                 return MORE
             self._word = encode_int(number)
-            kinds = {
-                NEXT: (wire.TEXT,),
-                READ: (wire.INT,),
-                WRITE: (wire.TEXT,),
-                LAST: (),
-                ERROR: (_ERROR_TEXT,) if self._plain else (_ERROR_TEXT, wire.INT),
-            }.get(self._word)
-            if kinds is None:
+            series = (
+                _PLAIN_ERROR if self._plain and self._word == ERROR else _BODIES.get(self._word)
+            )
+            if series is None:
                 raise ProtocolError(f"unknown message {number:#x} from the daemon")
-            self._body = wire.Series(*kinds).begin()
+            self._body = series.begin()
         values = self._body.resume(source)
         if values is MORE:
             return MORE
@@ -127,6 +123,14 @@ class MessageReader:
 
 
 _ERROR_TEXT: Final = wire.String(wire.MAX_TEXT)
+_PLAIN_ERROR: Final = wire.Series(_ERROR_TEXT)
+_BODIES: Final = {
+    NEXT: wire.Series(wire.TEXT),
+    READ: wire.Series(wire.INT),
+    WRITE: wire.Series(wire.TEXT),
+    LAST: wire.Series(),
+    ERROR: wire.Series(_ERROR_TEXT, wire.INT),
+}
 
 
 class NotAClient(GuixdError):

@@ -1,0 +1,664 @@
+"""The daemon's end of one accepted socket (spec: protocol §1, §3, §4, §8).
+
+Not a Twisted transport but a descriptor of its own: everything that a read
+brings is decoded at once and answered by one `send`; only what the socket does
+not take is queued.  The meaning of requests is the business of a `Session`.
+"""
+
+from __future__ import annotations
+
+import socket as sockets
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from enum import Enum
+from struct import Struct
+from typing import Any, Final, Protocol, TypeAlias
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IReadWriteDescriptor
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from guixd.errors import GuixdError, ProtocolError
+from guixd.formats.messages import (
+    LAST,
+    Greeting,
+    NotAClient,
+    ServerHandshake,
+    encode_error,
+    encode_next,
+    encode_read,
+    encode_write,
+)
+from guixd.formats.operations import CollectGarbage, Operation, Requests
+from guixd.formats.path import StoreDirectory
+from guixd.formats.wire import MORE, Bytes, Data, Source
+from guixd.service.hangup import HangupWatch
+
+_log = Logger()
+
+Reactor: TypeAlias = Any
+"""A reactor that is both `IReactorFDSet` and `IReactorTime`."""
+
+EARLY_INPUT: Final = 64 * 1024
+"""Most bytes kept of what a client sends while its last request is served."""
+HIGH_WATER: Final = 256 * 1024
+"""More bytes than this waiting for a slow reader pause whoever makes them."""
+LOW_WATER: Final = 64 * 1024
+STREAM_BLOCK: Final = 512 * 1024
+REQUESTS_PER_TURN: Final = 64
+LINGER_SECONDS: Final = 2.0
+LINGER_BYTES: Final = 64 * 1024 * 1024
+
+# Every read lands here first; what is not used up is copied before the next.
+_BUFFER: Final = bytearray(256 * 1024)
+_credentials = Struct("3i")
+_REMOTE_REFUSES: Final = {
+    CollectGarbage.opcode: "garbage collection is not allowed for clients that connect by TCP"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a Unix socket, as the kernel knew at its connect."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class Session(Protocol):
+    """What a connection needs of who gives requests their meaning."""
+
+    def handle(self, operation: Operation[Any]) -> bytes | Awaitable[bytes]:
+        """Carry out a request and return its encoded reply, now or later.
+
+        Later means a Deferred or a coroutine; it is cancelled if the client leaves.
+        A `ProtocolError` ends the connection after the client has got the text,
+        and so does any error while the stream is taken over; after another
+        `GuixdError` the connection goes on.
+        """
+        ...
+
+    def paused(self) -> None:
+        """The client reads slower than we write; make nothing more for it."""
+        ...
+
+    def resumed(self) -> None:
+        """The client has caught up."""
+        ...
+
+    def disconnected(self) -> None:
+        """The connection is over and so is its work; called once."""
+        ...
+
+
+class StreamConsumer(Protocol):
+    """Gets raw bytes of the client, see `Connection.take_over`."""
+
+    def received(self, data: bytes) -> None:
+        """Use DATA, now or later."""
+        ...
+
+
+SessionFactory: TypeAlias = "Callable[[Connection, Greeting], Session | Awaitable[Session]]"
+
+
+class _State(Enum):
+    GREETING = "greeting"
+    READY = "ready"
+    """Between requests or within the arguments of one."""
+    WORKING = "working"
+    ANSWERING = "answering"
+    """The client has to answer a READ."""
+    STREAMING = "streaming"
+    """Somebody has taken over the stream."""
+    LINGERING = "lingering"
+    """All is said; wait a moment so that the client gets it."""
+    CLOSING = "closing"
+    """The client sends nothing more; it shall get the replies."""
+    CLOSED = "closed"
+
+
+_GREETING = _State.GREETING
+_READY = _State.READY
+_WORKING = _State.WORKING
+_STREAMING = _State.STREAMING
+_ANSWERING = _State.ANSWERING
+_LINGERING = _State.LINGERING
+_CLOSING = _State.CLOSING
+_CLOSED = _State.CLOSED
+
+
+def peer_credentials(socket: sockets.socket) -> Peer | None:
+    """Return who is at the other end; None if it is not a Unix socket."""
+    if socket.family != sockets.AF_UNIX:
+        return None
+    raw = socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _credentials.size)
+    return Peer(*_credentials.unpack(raw))
+
+
+@implementer(IReadWriteDescriptor)
+class Connection:
+    """One client.
+
+    :ivar peer: who it is, None for TCP.
+    :ivar minor: the client's minor version, for replies that depend on it.
+    :ivar pending: bytes that wait for the client to read.
+    """
+
+    __slots__ = (
+        "_answer",
+        "_answer_reader",
+        "_closed",
+        "_consumer",
+        "_drained",
+        "_factory",
+        "_handle",
+        "_handshake",
+        "_linger_left",
+        "_linger_timer",
+        "_out",
+        "_paused",
+        "_processing",
+        "_reactor",
+        "_reading",
+        "_requests",
+        "_scheduled",
+        "_sent",
+        "_session",
+        "_slow",
+        "_socket",
+        "_source",
+        "_state",
+        "_watch",
+        "_work",
+        "_writing",
+        "minor",
+        "peer",
+        "pending",
+    )
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        socket: sockets.socket,
+        session_factory: SessionFactory,
+        *,
+        store: StoreDirectory,
+        closed: Callable[[Connection], None] | None = None,
+    ) -> None:
+        """Serve SOCKET, which is connected; `start` begins.
+
+        :param session_factory: called after the greeting; a failure of what it
+            returns is told to the client, which is then disconnected.
+        :param closed: called once at the end, after `Session.disconnected`.
+        """
+        socket.setblocking(False)
+        if socket.family in (sockets.AF_INET, sockets.AF_INET6):
+            socket.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        self._reactor = reactor
+        self._socket = socket
+        self._factory = session_factory
+        self._closed = closed
+        self.peer = peer_credentials(socket)
+        self.minor = 0
+        self.pending = 0
+        self._source = Source(store)
+        self._handshake: ServerHandshake | None = ServerHandshake()
+        self._requests: Requests | None = None
+        self._session: Session | None = None
+        self._handle: Callable[[Operation[Any]], bytes | Awaitable[bytes]] | None = None
+        self._state = _GREETING
+        self._work: Deferred[Any] | None = None
+        self._answer: Deferred[bytes] | None = None
+        self._answer_reader: Bytes | None = None
+        self._consumer: StreamConsumer | None = None
+        self._out: list[Data] = []
+        self._sent = 0
+        self._drained: list[Deferred[None]] = []
+        self._reading = self._writing = False
+        self._processing = self._scheduled = self._slow = self._paused = False
+        self._watch: HangupWatch | None = None
+        self._linger_timer: Any = None
+        self._linger_left = LINGER_BYTES
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._update_reading()
+
+    # What sessions use.
+
+    def next(self, text: Data) -> None:
+        """Send log TEXT."""
+        self._send(encode_next(text))
+
+    def write(self, data: Data) -> None:
+        """Send DATA to the client's sink."""
+        self._send(encode_write(data))
+
+    async def drained(self) -> None:
+        """Wait until less than `LOW_WATER` bytes are pending; at once if it is so."""
+        if self.pending > LOW_WATER:
+            waiting: Deferred[None] = Deferred(self._forget_drained)
+            self._drained.append(waiting)
+            await waiting
+
+    async def read_some(self, size: int) -> bytes:
+        """Ask the client for 1 to SIZE bytes; empty at the end of its input.
+
+        :raises ProtocolError: the answer is malformed; the connection must end.
+        """
+        if self._state is not _WORKING:
+            raise CancelledError
+        answer: Deferred[bytes] = Deferred(self._forget_answer)
+        self._answer, self._answer_reader = answer, Bytes(size)
+        self._state = _ANSWERING
+        self._send(encode_read(size))
+        self._process()
+        return await answer
+
+    def take_over(self, consumer: StreamConsumer) -> None:
+        """Give all further bytes of the client to CONSUMER until `give_back`.
+
+        What has been received already comes first, before this returns.  Only
+        for use in `Session.handle` or the work that it began.
+        """
+        self._consumer = consumer
+        self._paused = False
+        self._state = _STREAMING
+        buffered = self._source.rest()
+        if buffered:
+            consumer.received(buffered)
+        self._update_reading()
+
+    def pause(self) -> None:
+        """Receive nothing more for the consumer, for now."""
+        self._paused = True
+        self._update_reading()
+
+    def resume(self) -> None:
+        """Receive again."""
+        self._paused = False
+        self._update_reading()
+
+    def give_back(self, rest: Data) -> None:
+        """End the consumer's turn; REST is what it got but did not need."""
+        if self._state is not _STREAMING:
+            return
+        self._consumer = None
+        self._state = _WORKING
+        self._source.feed(bytes(rest))
+        self._update_reading()
+
+    def abort(self) -> None:
+        """Disconnect at once, cancelling the work; `closed` is called when it is over."""
+        self._close()
+
+    # What the reactor calls.
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 after the end."""
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        """Name this in logs."""
+        return "guixd"
+
+    def doRead(self) -> None:
+        """Receive once, and serve what has come."""
+        state = self._state
+        if state is _STREAMING:
+            self._read_stream()
+            return
+        if self._scheduled:
+            return
+        room = len(_BUFFER) if state is not _WORKING else EARLY_INPUT - len(self._source)
+        try:
+            size = self._socket.recv_into(_BUFFER, max(room, 1))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self._close()
+            return
+        if not size:
+            self._end_of_input()
+        elif state is _LINGERING:
+            self._linger_left -= size
+            if self._linger_left < 0:
+                self._close()
+        else:
+            self._source.feed(_BUFFER, size)
+            try:
+                self._process()
+            finally:
+                self._source.settle()
+
+    def doWrite(self) -> None:
+        """Send what is queued."""
+        self._flush()
+        if self.pending <= LOW_WATER and self._state is _READY:
+            self._process()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor saw the socket fail."""
+        self._close()
+
+    # Input.
+
+    def _read_stream(self) -> None:
+        if self._paused:
+            return
+        try:
+            data = self._socket.recv(STREAM_BLOCK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end_of_input()
+        elif self._consumer is not None:
+            try:
+                self._consumer.received(data)
+            except Exception:  # noqa: BLE001
+                _log.failure("consumer of a client's stream failed")
+                self._close()
+
+    def _end_of_input(self) -> None:
+        if self._state is _READY:
+            self._state = _CLOSING
+            self._update_reading()
+            self._flush()
+        else:
+            self._close()
+
+    def _process(self) -> None:
+        """Serve what the buffer has, until something takes time or bytes are missing."""
+        if self._processing or self._scheduled:
+            return
+        self._processing = True
+        left = REQUESTS_PER_TURN
+        while True:
+            try:
+                state = self._state
+                if state is _READY and self.pending <= HIGH_WATER:
+                    if not left:
+                        self._scheduled = True
+                        self._reactor.callLater(0, self._continue)
+                        break
+                    left -= 1
+                    operation = self._requests.next()  # type: ignore[union-attr]
+                    if operation is None:
+                        break
+                    self._state = _WORKING
+                    reply: Any = self._handle(operation)  # type: ignore[misc]
+                    if type(reply) is bytes:
+                        self._reply(reply)
+                    else:
+                        self._await(reply, self._reply)
+                elif state is _ANSWERING:
+                    if not self._read_answer():
+                        break
+                elif state is not _GREETING or not self._greet():
+                    break
+            except Exception:  # noqa: BLE001
+                self._failed(Failure())  # type: ignore[no-untyped-call]
+        self._processing = False
+        self._flush()
+        self._update_reading()
+
+    def _continue(self) -> None:
+        self._scheduled = False
+        self._process()
+
+    def _greet(self) -> bool:
+        """Go on with the handshake; whether it is whole."""
+        handshake = self._handshake
+        assert handshake is not None
+        try:
+            greeting = handshake.resume(self._source)
+        finally:
+            self.minor = handshake.minor
+            if handshake.to_send:
+                self._put(handshake.to_send)
+                handshake.to_send = b""
+        if greeting is MORE:
+            return False
+        self._handshake = None
+        if greeting.cpu is not None:
+            _log.debug("client asks for processor {cpu}: ignored", cpu=greeting.cpu)
+        refused = _REMOTE_REFUSES if self.peer is None else None
+        self._requests = Requests(self._source, self.minor, refused)
+        self._state = _WORKING
+        session = self._factory(self, greeting)
+        if isinstance(session, Awaitable):
+            self._await(session, self._begin)
+        else:
+            self._begin(session)
+        return True
+
+    def _begin(self, session: Session) -> None:
+        """The handshake is over."""
+        self._session = session
+        self._handle = session.handle
+        if self._state is _WORKING:
+            self._state = _READY
+            self._put(LAST)
+
+    def _read_answer(self) -> bool:
+        """Read the answer to a READ; whether it is whole."""
+        reader, answer = self._answer_reader, self._answer
+        assert reader is not None
+        assert answer is not None
+        try:
+            data = reader.resume(self._source)
+        except ProtocolError:
+            self._answer = self._answer_reader = None
+            self._state = _WORKING
+            answer.errback(Failure())  # type: ignore[no-untyped-call]
+            return True
+        if data is MORE:
+            return False
+        self._answer = self._answer_reader = None
+        self._state = _WORKING
+        answer.callback(data)
+        return True
+
+    # Work that takes time, and how it ends.
+
+    def _await(self, result: Awaitable[Any], then: Callable[[Any], None]) -> None:
+        if isinstance(result, Deferred):
+            work: Deferred[Any] = result
+        elif isinstance(result, Coroutine):
+            work = Deferred.fromCoroutine(result)
+        else:
+            raise TypeError(f"neither a reply nor a Deferred nor a coroutine: {result!r}")
+        self._work = work
+        work.addCallbacks(then, self._failed)
+        work.addBoth(self._worked)
+        if self._state is _CLOSED:
+            work.cancel()
+
+    def _reply(self, payload: bytes) -> None:
+        if self._state is _WORKING:
+            self._state = _READY
+            self._out += (LAST, payload)
+            self.pending += 8 + len(payload)
+        elif self._state is not _CLOSED:
+            raise RuntimeError(f"a request was answered while {self._state.value}")
+
+    def _failed(self, failure: Failure) -> None:
+        error, state = failure.value, self._state
+        expected = isinstance(error, GuixdError | CancelledError | MemoryError)
+        if not expected:
+            _log.failure("a request failed in an unexpected way", failure)
+        if state is _CLOSED:
+            return
+        if isinstance(error, NotAClient):
+            self._close()
+            return
+        if isinstance(error, GuixdError):
+            text, status = error.text, error.status
+        elif isinstance(error, CancelledError):
+            text, status = "the daemon gave the operation up", 1
+        elif isinstance(error, MemoryError):
+            text, status = "out of memory", 1
+        else:
+            text, status = f"internal error of the build daemon: {error!r}", 1
+        self._put(encode_error(text, status, self.minor))
+        if (
+            state is _WORKING
+            and self._session is not None
+            and isinstance(error, GuixdError | CancelledError)
+            and not isinstance(error, ProtocolError)
+        ):
+            self._state = _READY
+        else:
+            _log.warn("unexpected build daemon error: {text}", text=text, peer=self.peer)
+            self._source.rest()
+            self._consumer = None
+            self._state = _LINGERING
+            self._linger_timer = self._reactor.callLater(LINGER_SECONDS, self._linger_ended)
+
+    def _worked(self, result: object) -> None:
+        self._work = None
+        if isinstance(result, Failure):
+            _log.failure("a connection failed", result)
+            self._close()
+        elif self._state is _CLOSED:
+            self._finish()
+        elif not self._processing:
+            self._process()
+            self._source.settle()
+
+    def _forget_answer(self, _answer: Deferred[bytes]) -> None:
+        self._answer = self._answer_reader = None
+
+    def _forget_drained(self, waiting: Deferred[None]) -> None:
+        self._drained.remove(waiting)
+
+    # Output.
+
+    def _put(self, data: bytes) -> None:
+        """Queue DATA for the next flush."""
+        self._out.append(data)
+        self.pending += len(data)
+
+    def _send(self, data: bytes) -> None:
+        """Send DATA at once if nothing is waiting before it."""
+        if self._state is _CLOSED:
+            return
+        self._out.append(data)
+        self.pending += len(data)
+        if not self._processing and not self._writing:
+            self._flush()
+
+    def _flush(self) -> None:
+        out = self._out
+        try:
+            while out:
+                if self._sent:
+                    size = self._socket.send(memoryview(out[0])[self._sent :])
+                else:
+                    if len(out) > 1:
+                        out[:] = [b"".join(out)]
+                    size = self._socket.send(out[0])
+                self.pending -= size
+                self._sent += size
+                if self._sent < len(out[0]):
+                    break
+                del out[0]
+                self._sent = 0
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._close()
+            return
+        if bool(out) is not self._writing:
+            self._writing = not self._writing
+            if self._writing:
+                self._reactor.addWriter(self)
+            else:
+                self._reactor.removeWriter(self)
+        slow = self.pending > (LOW_WATER if self._slow else HIGH_WATER)
+        if slow is not self._slow:
+            self._slow = slow
+            if self._session is not None:
+                (self._session.paused if slow else self._session.resumed)()
+        if self._drained and self.pending <= LOW_WATER:
+            waiting, self._drained = self._drained, []
+            for one in waiting:
+                one.callback(None)
+        if not out and self._state is _CLOSING:
+            self._close()
+        elif not out and self._state is _LINGERING:
+            try:
+                self._socket.shutdown(sockets.SHUT_WR)
+            except OSError:
+                self._close()
+
+    def _update_reading(self) -> None:
+        """Watch the socket for input if there is room for it, else for the client's leaving."""
+        state = self._state
+        if state is _READY or state is _GREETING:
+            wanted = self.pending <= HIGH_WATER
+        elif state is _WORKING:
+            wanted = len(self._source) < EARLY_INPUT
+        elif state is _STREAMING:
+            wanted = not self._paused
+        else:
+            wanted = state is _ANSWERING or state is _LINGERING
+        if wanted is self._reading:
+            return
+        self._reading = wanted
+        if wanted:
+            self._reactor.addReader(self)
+            if self._watch is not None:
+                self._watch.stop()
+                self._watch = None
+        else:
+            self._reactor.removeReader(self)
+            if state is _WORKING:
+                self._watch = HangupWatch(self._reactor, self._socket, self._close)
+
+    # The end.
+
+    def _linger_ended(self) -> None:
+        self._linger_timer = None
+        self._close()
+
+    def _close(self) -> None:
+        if self._state is _CLOSED:
+            return
+        self._state = _CLOSED
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        self._reactor.removeReader(self)
+        self._reactor.removeWriter(self)
+        self._reading = self._writing = False
+        self._socket.close()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        self._out.clear()
+        self._sent = self.pending = 0
+        self._source.rest()
+        self._consumer = None
+        if self._work is None:
+            self._finish()
+        else:
+            self._work.cancel()
+
+    def _finish(self) -> None:
+        """Tell that all is over, once."""
+        session, self._session, self._handle = self._session, None, None
+        closed, self._closed = self._closed, None
+        try:
+            if session is not None:
+                session.disconnected()
+        except Exception:  # noqa: BLE001
+            _log.failure("a session failed to end")
+        if closed is not None:
+            closed(self)
