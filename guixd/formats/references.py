@@ -30,16 +30,17 @@ class Scanner:
     """Finds which of some hash parts occur in a stream, however it is cut into blocks.
 
     :ivar found: the hash parts that have occurred.
+    :ivar wanted: those that have not, as bytes.
     """
 
     def __init__(self, hash_parts: Iterable[str]) -> None:
         self.found: set[str] = set()
-        self._wanted = {part.encode() for part in hash_parts}
+        self.wanted = {part.encode() for part in hash_parts}
         self._carry = b""
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
         """Look at the next bytes of the stream."""
-        if not self._wanted:
+        if not self.wanted:
             return
         block = bytes(chunk)
         self._look(self._carry + block[:_CARRIED])
@@ -65,7 +66,7 @@ class Scanner:
 
     def _match(self, run: bytes) -> None:
         """Compare each 32 characters of RUN with what is wanted."""
-        wanted = self._wanted
+        wanted = self.wanted
         count = len(run) - _CARRIED
         if count < _LONG:
             hits = {part for at in range(count) if (part := run[at : at + HASH_LENGTH]) in wanted}

@@ -1,0 +1,206 @@
+"""Metadata of store items, and of what leaves a build (spec: store §6, sandbox §3, build §8).
+
+All of this may only run when no process of the build is left.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from errno import ENODATA, ENOTSUP
+from functools import partial
+from typing import TypeVar
+
+from guixd.errors import BuildError, StoreError
+from guixd.store.descent import Descent, handle_path, identity, walk
+
+STORE_TIME = 1_000_000_000
+"""Modification time of everything in the store, nanoseconds since the epoch."""
+InodesSeen = set[tuple[int, int]]
+"""Device and inode of the files with several links that one build made."""
+
+_Result = TypeVar("_Result")
+_UNSAFE = stat.S_ISUID | stat.S_ISGID | stat.S_IWOTH
+_KEPT_ATTRIBUTES = frozenset(("security.selinux", "security.ima", "security.evm"))
+
+
+def canonical_mode(mode: int) -> int:
+    """Return the permission bits in the store of a file or directory with MODE."""
+    permissions = stat.S_IMODE(mode)
+    if permissions in (0o444, 0o555):
+        return permissions
+    return 0o555 if mode & stat.S_IXUSR else 0o444
+
+
+def canonicalise(dir_fd: int | None, name: str, owner: int | None, seen: InodesSeen) -> None:
+    """Give NAME in the directory DIR_FD, and all below it, the metadata of the store.
+
+    Mode 0444 or 0555, modification time 1, the daemon's user and group, and no
+    extended attributes, access control lists or capabilities.
+
+    :param owner: uid that everything must belong to, the build user; None for any.
+    :param seen: shared by the outputs of one build; grows.
+    :raises BuildError: something belongs to neither OWNER nor, as a further link, to this build.
+    :raises StoreError: an unsupported type of file, or the file system refuses.
+    """
+    _guarded(
+        name,
+        lambda: walk(
+            dir_fd, name, partial(_canonicalise_node, owner, seen), _canonicalise_directory
+        ),
+    )
+    status = _guarded(name, lambda: os.stat(name, dir_fd=dir_fd, follow_symlinks=False))
+    if status.st_uid != os.geteuid():
+        raise StoreError(f"'{name}' does not belong to the daemon in the end")
+
+
+def _canonicalise_node(
+    owner: int | None, seen: InodesSeen, down: Descent, name: str, status: os.stat_result
+) -> None:
+    mode = status.st_mode
+    is_directory = stat.S_ISDIR(mode)
+    if not (stat.S_ISREG(mode) or is_directory or stat.S_ISLNK(mode)):
+        raise StoreError(f"file '{down.path(name)}' has an unsupported type")
+    if owner is not None and status.st_uid != owner:
+        if not is_directory and identity(status) in seen:
+            return
+        raise BuildError(f"invalid ownership on '{down.path(name)}'")
+    if not is_directory and status.st_nlink > 1:
+        seen.add(identity(status))
+    if stat.S_ISLNK(mode):
+        _canonicalise_link(down, name, status)
+        return
+    # O_PATH: a file or directory without read permission can be reached, too.
+    with _Handle(name, down.fd, status) as path:
+        _take(path, status)
+        # The final mode of a directory may keep us out of it.
+        os.chmod(path, 0o700 if is_directory else canonical_mode(mode))
+        if not is_directory and status.st_mtime_ns != STORE_TIME:
+            os.utime(path, ns=(status.st_atime_ns, STORE_TIME))
+
+
+def _canonicalise_link(down: Descent, name: str, status: os.stat_result) -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    if (status.st_uid, status.st_gid) != (uid, gid):
+        os.chown(name, uid, gid, dir_fd=down.fd, follow_symlinks=False)
+    if status.st_mtime_ns != STORE_TIME:
+        times = (status.st_atime_ns, STORE_TIME)
+        os.utime(name, ns=times, dir_fd=down.fd, follow_symlinks=False)
+
+
+def _canonicalise_directory(fd: int, status: os.stat_result) -> None:
+    os.fchmod(fd, canonical_mode(status.st_mode))
+    os.utime(fd, ns=(status.st_atime_ns, STORE_TIME))
+
+
+def _take(path: str, status: os.stat_result) -> None:
+    """Make the inode behind PATH the daemon's and drop its extended attributes."""
+    uid, gid = os.geteuid(), os.getegid()
+    if (status.st_uid, status.st_gid) != (uid, gid):
+        os.chown(path, uid, gid)
+    try:
+        attributes = os.listxattr(path)
+    except OSError as error:
+        if error.errno != ENOTSUP:
+            raise
+        return
+    for attribute in attributes:
+        if attribute not in _KEPT_ATTRIBUTES:
+            try:
+                os.removexattr(path, attribute)
+            except OSError as error:
+                if error.errno != ENODATA:  # the one removal may take another along
+                    raise
+
+
+class _Handle:
+    """An O_PATH descriptor of the node NAME, as a file name that leads to its inode."""
+
+    def __init__(self, name: str, dir_fd: int | None, status: os.stat_result) -> None:
+        self._fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        if identity(os.fstat(self._fd)) != identity(status):
+            os.close(self._fd)
+            raise StoreError(f"file '{name}' was exchanged while it was in use")
+
+    def __enter__(self) -> str:
+        return handle_path(self._fd)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def check_output(dir_fd: int | None, name: str, owner: int | None) -> os.stat_result:
+    """Test the top node of a build's output before anything else is done with it.
+
+    :param owner: the build user, who must own it; None for any.
+    :return: its status.
+    :raises BuildError: others may write to it, or it is not OWNER's.
+    :raises FileNotFoundError: there is none.
+    """
+    status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    writable = not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022
+    if writable or (owner is not None and status.st_uid != owner):
+        raise BuildError(f"suspicious ownership or permission on '{name}'; output rejected")
+    return status
+
+
+def strip(dir_fd: int | None, name: str) -> None:
+    """Clear setuid, setgid and write permission for others on NAME and all below it.
+
+    :raises StoreError: a device or other special file, or a file with links
+        from elsewhere; nothing was changed then.
+    """
+    _guarded(name, lambda: _check_links(dir_fd, name))
+    _guarded(name, lambda: walk(dir_fd, name, _strip_node))
+
+
+def _strip_node(down: Descent, name: str, status: os.stat_result) -> None:
+    mode = status.st_mode
+    if mode & _UNSAFE and not stat.S_ISLNK(mode):
+        with _Handle(name, down.fd, status) as path:
+            os.chmod(path, stat.S_IMODE(mode) & ~_UNSAFE)
+
+
+def chown_tree(dir_fd: int | None, name: str, uid: int, gid: int) -> None:
+    """Give NAME and all below it to UID and GID (-1: unchanged), links themselves.
+
+    :raises StoreError: as for `strip`, or it is not permitted.
+    """
+
+    def give(down: Descent, name: str, status: os.stat_result) -> None:
+        if not stat.S_ISDIR(status.st_mode):
+            os.chown(name, uid, gid, dir_fd=down.fd, follow_symlinks=False)
+
+    def give_directory(fd: int, _status: os.stat_result) -> None:
+        os.chown(fd, uid, gid)
+
+    _guarded(name, lambda: _check_links(dir_fd, name))
+    _guarded(name, lambda: walk(dir_fd, name, give, give_directory))
+
+
+def _check_links(dir_fd: int | None, name: str) -> None:
+    """Refuse what must not change hands: devices, and files with links outside the tree."""
+    links: Counter[tuple[int, int]] = Counter()
+    wanted: dict[tuple[int, int], tuple[int, str]] = {}
+
+    def visit(down: Descent, name: str, status: os.stat_result) -> None:
+        if stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+            raise StoreError(f"file '{down.path(name)}' has an unsupported type")
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            links[identity(status)] += 1
+            wanted[identity(status)] = (status.st_nlink, down.path(name))
+
+    walk(dir_fd, name, visit)
+    for key, (count, path) in wanted.items():
+        if links[key] < count:
+            raise StoreError(f"file '{path}' has links from outside of its tree")
+
+
+def _guarded(name: str, step: Callable[[], _Result]) -> _Result:
+    """Return what STEP returns; its OSError becomes a StoreError."""
+    try:
+        return step()
+    except OSError as error:
+        raise StoreError(f"cannot treat '{name}': {error}") from error

@@ -1,0 +1,193 @@
+"""Serialising files and trees as NAR, and hashing them (spec: nar §2)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from guixd.errors import StoreError
+from guixd.formats import nar
+from guixd.formats.hashes import Hash
+from guixd.formats.references import Scanner
+from guixd.store.descent import Descent
+
+Block = bytes | memoryview
+_BLOCK = 256 * 1024  # fits the processor's cache
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one pass over a tree's archive told."""
+
+    nar_hash: bytes
+    """The sha256, 32 bytes."""
+    nar_size: int
+    """In bytes."""
+    found: frozenset[str]
+    """The hash parts that occur in it, of those looked for."""
+
+
+def dump(dir_fd: int | None, name: str, write: Callable[[Block], object]) -> int:
+    """Give the archive of NAME in the directory DIR_FD to WRITE, in blocks up to 256 KiB.
+
+    A block is good only until WRITE returns.  A file that grows meanwhile is cut.
+
+    :param dir_fd: None if NAME is a file name whose directories can be trusted.
+    :return: size of the archive in bytes.
+    :raises StoreError: an unsupported type, a file that cannot be read or shrank; the
+        text names it.
+    """
+    with Descent(dir_fd) as down:
+        return _Dump(down, write).run(name)
+
+
+def dump_path(path: str, write: Callable[[Block], object]) -> int:
+    """Give the archive of the file or tree PATH to WRITE; see `dump`."""
+    return dump(None, path, write)
+
+
+def hash_and_scan(dir_fd: int | None, name: str, hash_parts: Iterable[str] = ()) -> Measured:
+    """Hash the archive of NAME and look for HASH_PARTS in it, in one pass.
+
+    :raises StoreError: as for `dump`.
+    """
+    digest = hashlib.sha256()
+    scanner = Scanner(hash_parts)
+
+    def take(block: Block) -> None:
+        digest.update(block)
+        scanner.update(block)
+
+    size = dump(dir_fd, name, take if scanner.wanted else digest.update)
+    return Measured(digest.digest(), size, frozenset(scanner.found))
+
+
+def hash_nar(dir_fd: int | None, name: str, digest: Hash) -> int:
+    """Update DIGEST with the archive of NAME and return the archive's size in bytes."""
+    return dump(dir_fd, name, digest.update)
+
+
+def hash_file(dir_fd: int | None, name: str, digest: Hash) -> os.stat_result:
+    """Update DIGEST with the contents of the regular file NAME and return its status.
+
+    :raises StoreError: it is not a regular file or cannot be read.
+    """
+    try:
+        fd = os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreError(f"file '{name}' is not a regular file")
+            while block := os.read(fd, _BLOCK):
+                digest.update(block)
+            return status
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StoreError(f"cannot read '{name}': {error.strerror}") from error
+
+
+class _Dump:
+    """One serialisation in progress."""
+
+    def __init__(self, down: Descent, write: Callable[[Block], object]) -> None:
+        self._down = down
+        self._write = write
+        self._pieces: list[bytes] = []  # not yet written
+        self._gathered = 0
+        self._total = 0
+        self._buffer: memoryview | None = None
+
+    def run(self, name: str) -> int:
+        down = self._down
+        self._put(nar.MAGIC)
+        pending: list[list[str]] = []
+        entry = name
+        while True:
+            try:
+                names = self._node(entry)
+            except OSError as error:
+                raise StoreError(f"cannot read '{down.path(entry)}': {error.strerror}") from error
+            if names is not None:
+                pending.append(names)
+            elif pending:
+                self._put(nar.CLOSE)
+            while pending and not pending[-1]:
+                pending.pop()
+                down.leave()
+                self._put(nar.CLOSE_ENTRY if pending else nar.CLOSE)
+            if not pending:
+                self._flush()
+                return self._total
+            entry = pending[-1].pop()
+            self._put(nar.entry_header(os.fsencode(entry)))
+
+    def _node(self, name: str) -> list[str] | None:
+        """Write the node NAME; of a directory, enter it and return its names, last first."""
+        fd = self._down.fd
+        mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode):
+            self._file(name)
+        elif stat.S_ISLNK(mode):
+            self._put(nar.symlink_node(os.fsencode(os.readlink(name, dir_fd=fd))))
+        elif stat.S_ISDIR(mode):
+            self._put(nar.DIRECTORY_HEADER)
+            names = os.listdir(self._down.enter(name))
+            names.sort(key=os.fsencode, reverse=True)
+            return names
+        else:
+            raise StoreError(f"file '{self._down.path(name)}' has an unsupported type")
+        return None
+
+    def _file(self, name: str) -> None:
+        fd = os.open(name, _FILE_FLAGS, dir_fd=self._down.fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreError(f"file '{self._down.path(name)}' has an unsupported type")
+            size = status.st_size
+            self._put(nar.file_header(size, bool(status.st_mode & stat.S_IXUSR)))
+            done = self._small(fd, size) if size <= _BLOCK // 4 else self._large(fd, size)
+        finally:
+            os.close(fd)
+        if done < size:
+            raise StoreError(f"file '{self._down.path(name)}' shrank while it was read")
+        self._put(nar.padding(size) + nar.CLOSE)
+
+    def _small(self, fd: int, size: int) -> int:
+        done = 0
+        while done < size and (contents := os.read(fd, size - done)):
+            self._put(contents)
+            done += len(contents)
+        return done
+
+    def _large(self, fd: int, size: int) -> int:
+        self._flush()
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(_BLOCK))
+        done = 0
+        while done < size:
+            got = os.readv(fd, [self._buffer[: min(_BLOCK, size - done)]])
+            if not got:
+                break
+            self._write(self._buffer[:got])
+            done += got
+        self._total += done
+        return done
+
+    def _put(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._gathered += len(piece)
+        if self._gathered >= _BLOCK // 2:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._gathered:
+            self._total += self._gathered
+            self._write(b"".join(self._pieces))
+            self._pieces.clear()
+            self._gathered = 0
