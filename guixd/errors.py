@@ -87,6 +87,12 @@ class StoreError(GuixdError):
     reason = "store"
 
 
+class Busy(StoreError):
+    """Another process holds a lock now; the same request can succeed a little later."""
+
+    reason = "busy"
+
+
 class ReferencesCycle(StoreError):
     """Items to register refer to each other in a circle."""
 

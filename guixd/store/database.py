@@ -1,0 +1,310 @@
+"""The one writer of the database, with what it knows already in memory (spec: store §8)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from graphlib import CycleError, TopologicalSorter
+
+from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
+from guixd.formats.derivation import Derivation
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.store.items import PathInfo, Registration
+from guixd.store.queries import Queries, hash_text, storable
+from guixd.store.schema import prepare, sqlite_errors
+
+_MAXIMUM_KNOWN = 1 << 16
+_MAXIMUM_INFOS = 1 << 14
+
+
+class Database(Queries):
+    """The database, read and written in one thread.
+
+    Answers are kept in memory as long as no other process commits anything.  Nothing
+    waits for another process longer than `schema.BUSY_TIMEOUT`; after that `Busy` is
+    raised and the caller should try again later.
+
+    :param directory: the directory of the database, which is made there if missing.
+    :param clock: gives the time of registration, in seconds since the epoch.
+    :raises StoreError: the schema is not the one known.
+    """
+
+    def __init__(
+        self, directory: str, store: StoreDirectory, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        prepare(directory)
+        super().__init__(directory, store, read_only=False)
+        self._clock = clock
+        self._seen = self._mark.raw
+        self._known: dict[str, bool] = {}
+        self._infos: dict[str, PathInfo] = {}
+
+    def read_only_copy(self) -> Queries:
+        """Open another connection, to read in a thread; the caller closes it there."""
+        return Queries(self.directory, self.store)
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that copies the write-ahead log into the database.
+
+        It is for a thread: it may take long, and nobody waits for it meanwhile.
+        """
+        directory, store = self.directory, self.store
+
+        def run() -> None:
+            queries = Queries(directory, store, read_only=False)
+            try:
+                queries._rows("PRAGMA wal_checkpoint(PASSIVE)")
+            finally:
+                queries.close()
+
+        return run
+
+    # --- reading, from memory if possible -----------------------------------
+
+    def is_valid(self, path: str) -> bool:
+        """Whether PATH is a valid item."""
+        if self._mark.raw != self._seen:
+            self._forget()
+        valid = self._known.get(path)
+        if valid is None:
+            valid = super().is_valid(path)
+            self._know(path, valid)
+        return valid
+
+    def valid_paths(self, paths: Iterable[StorePath]) -> set[StorePath]:
+        """Return those of PATHS that are valid."""
+        if self._mark.raw != self._seen:
+            self._forget()
+        wanted = set(paths)
+        known = self._known
+        unknown = wanted.difference(known)
+        found = {path for path in wanted - unknown if known[path]}
+        if unknown:
+            valid = super().valid_paths(unknown)
+            found |= valid
+            if len(unknown) <= _MAXIMUM_KNOWN:
+                if len(known) + len(unknown) > _MAXIMUM_KNOWN:
+                    known.clear()
+                known.update(dict.fromkeys(unknown, False))
+                known.update(dict.fromkeys(valid, True))
+        return found
+
+    def find_path_info(self, path: StorePath) -> PathInfo | None:
+        """Return what is known of PATH, `None` if it is not valid."""
+        if self._mark.raw != self._seen:
+            self._forget()
+        info = self._infos.get(path)
+        if info is not None:
+            return info
+        if self._known.get(path) is False:
+            return None
+        info = super().find_path_info(path)
+        self._know(path, info is not None)
+        if info is not None:
+            self._remember(info)
+        return info
+
+    def _forget(self) -> None:
+        self._seen = self._mark.raw
+        self._known.clear()
+        self._infos.clear()
+
+    def _know(self, path: str, valid: bool) -> None:
+        if len(self._known) >= _MAXIMUM_KNOWN:
+            self._known.clear()
+        self._known[path] = valid
+
+    def _remember(self, info: PathInfo) -> None:
+        if len(self._infos) >= _MAXIMUM_INFOS:
+            self._infos.clear()
+        self._infos[info.path] = info
+
+    # --- writing --------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        execute = self._connection.execute
+        with sqlite_errors():
+            execute("BEGIN IMMEDIATE")
+            try:
+                before = self._mark.raw
+                if before != self._seen:
+                    self._forget()
+                yield
+                execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    execute("ROLLBACK")
+                raise
+            after = self._mark.raw
+            if self._mark.only_mine(before, after):
+                self._seen = after
+
+    def register(
+        self,
+        items: Collection[Registration],
+        derivations: Mapping[StorePath, Derivation] | None = None,
+    ) -> None:
+        """Make ITEMS valid, all or none (§8).
+
+        Of an item that is valid already, hash and size are replaced and references
+        are added to.
+
+        :param derivations: the checked contents of all those items that end in `.drv`.
+        :raises PathNotValid: something that is referred to is not valid.
+        :raises ReferencesCycle: items refer to each other in a circle.
+        """
+        now = int(self._clock())
+        derivations = derivations or {}
+        for item in items:
+            if not storable(item.path):
+                raise BadName(f"'{item.path}' is not UTF-8")
+            if item.path.is_derivation and item.path not in derivations:
+                raise StoreError(f"the contents of '{item.path}' are not known")
+        _check_order(items)
+        fresh = []
+        with self._transaction():
+            ids: dict[str, int] = {}
+            for item in items:
+                identifier = self._id(item.path)
+                if identifier is None:
+                    identifier = self._insert(item, now)
+                    fresh.append(item)
+                else:
+                    self._connection.execute(
+                        "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
+                        (hash_text(item.nar_hash), item.nar_size or None, identifier),
+                    )
+                ids[item.path] = identifier
+                if item.path.is_derivation:
+                    self._connection.executemany(
+                        "INSERT OR REPLACE INTO DerivationOutputs (drv, id, path) VALUES (?, ?, ?)",
+                        [
+                            (identifier, name, str(output.path))
+                            for name, output in derivations[item.path].outputs.items()
+                        ],
+                    )
+            for item in items:
+                referrer = ids[item.path]
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO Refs (referrer, reference) VALUES (?, ?)",
+                    [(referrer, self._reference(path, ids)) for path in item.references],
+                )
+            if len(fresh) < len(items) > 1:
+                self._check_recorded_order(ids)
+        for item in items:
+            self._know(item.path, True)
+            self._infos.pop(item.path, None)
+        for item in fresh:
+            self._remember(
+                PathInfo(
+                    item.path,
+                    item.nar_hash,
+                    item.nar_size,
+                    tuple(sorted(item.references)),
+                    now,
+                    item.deriver,
+                )
+            )
+
+    def _insert(self, item: Registration, now: int) -> int:
+        cursor = self._connection.execute(
+            "INSERT INTO ValidPaths (path, hash, registrationTime, deriver, narSize)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (
+                str(item.path),
+                hash_text(item.nar_hash),
+                now,
+                None if item.deriver is None else str(item.deriver),
+                item.nar_size or None,
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _reference(self, path: StorePath, ids: dict[str, int]) -> int:
+        identifier = ids.get(path)
+        if identifier is None:
+            identifier = self._id(path)
+            if identifier is None:
+                raise PathNotValid(f"path '{path}' is not valid")
+            ids[path] = identifier
+        return identifier
+
+    def _check_recorded_order(self, ids: Mapping[str, int]) -> None:
+        graph = {
+            path: {
+                reference
+                for (reference,) in self._rows(
+                    "SELECT v.path FROM Refs JOIN ValidPaths AS v ON v.id = Refs.reference"
+                    " WHERE Refs.referrer = ? AND v.id <> Refs.referrer",
+                    identifier,
+                )
+                if reference in ids
+            }
+            for path, identifier in ids.items()
+        }
+        _check_graph(graph)
+
+    def invalidate(self, path: StorePath) -> None:
+        """Make PATH invalid; its files stay.  Nothing happens if it is not valid.
+
+        :raises StoreError: "in use by" another valid item.
+        """
+        with self._transaction():
+            for referrer in self.referrers(path):
+                if referrer != path:
+                    raise StoreError(
+                        f"cannot invalidate '{path}' because it is in use by '{referrer}'"
+                    )
+            if storable(path):
+                self._connection.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
+        self._know(path, False)
+        self._infos.pop(path, None)
+
+    def set_hash(self, path: StorePath, nar_hash: bytes, nar_size: int) -> None:
+        """Replace hash and size of the valid item PATH.
+
+        :raises PathNotValid: PATH is not valid.
+        """
+        with self._transaction():
+            cursor = self._connection.execute(
+                "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE path = ?",
+                (hash_text(nar_hash), nar_size or None, str(path)),
+            )
+            if not cursor.rowcount:
+                raise PathNotValid(f"path '{path}' is not valid")
+        self._infos.pop(path, None)
+
+    def add_failed(self, paths: Iterable[StorePath]) -> None:
+        """Remember that the builds of the outputs PATHS failed for good (§15)."""
+        now = int(self._clock())
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO FailedPaths (path, time) VALUES (?, ?)",
+                [(str(path), now) for path in paths],
+            )
+
+    def clear_failed(self, words: Iterable[str]) -> None:
+        """Forget failures: of a path, of the outputs of a derivation, or all (`*`)."""
+        with self._transaction():
+            self._connection.executemany(
+                "DELETE FROM FailedPaths WHERE ?1 = '*' OR path = ?1 OR path IN"
+                " (SELECT o.path FROM DerivationOutputs AS o JOIN ValidPaths AS v"
+                " ON v.id = o.drv WHERE v.path = ?1)",
+                [(str(word),) for word in words if storable(word)],
+            )
+
+
+def _check_order(items: Collection[Registration]) -> None:
+    if len(items) > 1:
+        paths = {item.path for item in items}
+        _check_graph({item.path: (item.references & paths) - {item.path} for item in items})
+
+
+def _check_graph(graph: Mapping[str, Collection[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise ReferencesCycle(f"cycle detected in the references of '{error.args[1][0]}'") from None
