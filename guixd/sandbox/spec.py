@@ -7,7 +7,8 @@ and id is in here.  Text is UTF-8 with surrogate escapes.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,30 @@ class SandboxSpec:
     """If not empty: printed when the kernel cannot run the builder (ENOEXEC)."""
 
     def encode(self) -> bytes:
-        """Return the spec as bytes for the zygote."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+        """Return the spec as bytes for the zygote: JSON, values as plain lists."""
+        return json.dumps(_plain(self), separators=(",", ":"), default=_plain).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> SandboxSpec:
         """Return what `encode` wrote."""
-        fields = json.loads(data)
-        fields["arguments"] = tuple(fields["arguments"])
-        fields["environment"] = tuple((k, v) for k, v in fields["environment"])
-        fields["files"] = tuple(File(**file) for file in fields["files"])
-        fields["binds"] = tuple(Bind(**bind) for bind in fields["binds"])
-        if fields["ids"] is not None:
-            fields["ids"] = Ids(**{**fields["ids"], "groups": tuple(fields["ids"]["groups"])})
-        if fields["user_namespace"] is not None:
-            fields["user_namespace"] = UserNamespace(**fields["user_namespace"])
-        return cls(**fields)
+        values = dict(zip(_NAMES[cls], json.loads(data), strict=True))
+        values["arguments"] = tuple(values["arguments"])
+        values["environment"] = tuple((name, value) for name, value in values["environment"])
+        values["files"] = tuple(File(*file) for file in values["files"])
+        values["binds"] = tuple(Bind(*bind) for bind in values["binds"])
+        if values["ids"] is not None:
+            uid, gid, groups = values["ids"]
+            values["ids"] = Ids(uid, gid, tuple(groups))
+        if values["user_namespace"] is not None:
+            values["user_namespace"] = UserNamespace(*values["user_namespace"])
+        return cls(**values)
+
+
+_NAMES = {
+    kind: tuple(field.name for field in fields(kind))
+    for kind in (Bind, File, Ids, UserNamespace, SandboxSpec)
+}
+
+
+def _plain(value: Any) -> list[Any]:
+    return [getattr(value, name) for name in _NAMES[type(value)]]

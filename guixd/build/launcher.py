@@ -1,0 +1,388 @@
+"""Builders as Twisted processes: what the daemon makes of the zygote's answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.interfaces import (
+    IAddress,
+    IProcessTransport,
+    IPushProducer,
+    IReactorFDSet,
+    IReadDescriptor,
+)
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from guixd.build.zygote import Zygote
+from guixd.errors import SandboxError
+from guixd.interfaces import ILauncher
+from guixd.sandbox.spec import SandboxSpec
+from guixd.sandbox.zygote import LARGEST_PACKET
+
+_log = Logger()
+
+CHUNK = 65536
+"""Most bytes that one `childDataReceived` passes on."""
+_LOST = "the process that runs builders has died"
+_ROOM_FOR_HEADER = 256
+
+
+@implementer(IReadDescriptor)
+class _LogPipe:
+    """The reading end of a builder's log."""
+
+    def __init__(
+        self, reactor: IReactorFDSet, received: Callable[[bytes], None], ended: Callable[[], None]
+    ) -> None:
+        self._reactor = reactor
+        self._received = received
+        self._ended = ended
+        self._descriptor, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._descriptor, False)
+
+    @property
+    def closed(self) -> bool:
+        return self._descriptor < 0
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def logPrefix(self) -> str:
+        return "builder"
+
+    def doRead(self) -> None:
+        try:
+            data = os.read(self._descriptor, CHUNK)
+        except BlockingIOError:
+            return
+        if data:
+            self._received(data)
+        else:
+            self.close()
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.close()
+
+    def pause(self) -> None:
+        if not self.closed:
+            self._reactor.removeReader(self)
+
+    def resume(self) -> None:
+        if not self.closed:
+            self._reactor.addReader(self)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._reactor.removeReader(self)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._ended()
+
+
+@implementer(IAddress)
+class ProcessAddress:
+    """The address of either end of a builder: it has none."""
+
+
+@implementer(IProcessTransport, IPushProducer)
+class BuilderProcess:
+    """A builder that runs: the transport of its protocol, and a producer of its log.
+
+    Methods that concern standard input do nothing: that is the null device.
+
+    :ivar pid: the process id in the daemon's pid namespace.
+    :ivar usage: when it has exited, its seconds of user and of system time and
+        the most KiB of memory it had resident.
+    """
+
+    def __init__(
+        self, reactor: IReactorFDSet, protocol: object, kill: Callable[[int], None]
+    ) -> None:
+        self.pid: int = 0
+        self.usage: tuple[float, float, int] | None = None
+        self.set_up: Deferred[BuilderProcess] = Deferred(self._cancel)
+        self.pipe = _LogPipe(reactor, self._data, self._log_ended)
+        self._protocol: Any = protocol
+        self._kill = kill
+        self._ready = False
+        self._running = False
+        self._cancelled = False
+        self._failure: SandboxError | None = None
+        self._end: Failure | None = None
+
+    # IProcessTransport and IPushProducer.
+
+    def signalProcess(self, signalID: str | int) -> None:
+        """Send a signal to the builder and its process group.
+
+        :param signalID: a number, or a name such as `KILL`.
+        :raises ProcessExitedAlready: it is known to have ended.
+        """
+        if self._end is not None:
+            raise ProcessExitedAlready()
+        number = signal.Signals["SIG" + signalID] if isinstance(signalID, str) else signalID
+        self._kill(int(number))
+
+    def loseConnection(self) -> None:
+        """Give up reading the log, so that `processEnded` no longer waits for its end."""
+        self.pipe.close()
+
+    def pauseProducing(self) -> None:
+        """Stop reading the log; the builder waits when the pipe is full."""
+        self.pipe.pause()
+
+    def resumeProducing(self) -> None:
+        """Read the log again."""
+        self.pipe.resume()
+
+    def stopProducing(self) -> None:
+        """Like `loseConnection`."""
+        self.loseConnection()
+
+    def closeStdin(self) -> None:
+        pass
+
+    def closeStdout(self) -> None:
+        self.loseConnection()
+
+    def closeStderr(self) -> None:
+        pass
+
+    def closeChildFD(self, descriptor: int) -> None:
+        pass
+
+    def writeToChild(self, childFD: int, data: bytes) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        pass
+
+    def getPeer(self) -> IAddress:
+        return ProcessAddress()
+
+    def getHost(self) -> IAddress:
+        return ProcessAddress()
+
+    # What the zygote tells.
+
+    def forked(self, pid: int) -> None:
+        self.pid = pid
+        self._check_begin()
+
+    def started(self) -> None:
+        self._ready = True
+        self._check_begin()
+
+    def failed(self, phase: str, number: int, text: str) -> None:
+        text = f"while setting up the container of the build: in phase '{phase}': {text}"
+        self._failure = SandboxError(phase, text)
+
+    def exited(self, status: int, usage: tuple[float, float, int]) -> None:
+        self.usage = usage
+        self._over(status)
+
+    def lost(self) -> None:
+        """The zygote died, and with it, by the kernel's hand, the builder."""
+        if self._running:
+            self._call("childDataReceived", 1, f"guixd: {_LOST}\n".encode())
+        else:
+            self._failure = SandboxError("zygote", _LOST)
+        self._over(signal.SIGKILL)
+
+    def _check_begin(self) -> None:
+        if self._ready and self.pid and not self._cancelled:
+            self._running = True
+            self._call("makeConnection", self)
+            self.pipe.resume()
+            self.set_up.callback(self)
+
+    def _over(self, status: int) -> None:
+        self._end = Failure(_reason(status))  # type: ignore[no-untyped-call]
+        if self._running:
+            self._call("processExited", self._end)
+            self._check_end()
+            return
+        self.pipe.close()
+        if self._cancelled:
+            self.set_up.unpause()
+        else:
+            text = f"the new process ended with wait status {status}"
+            self.set_up.errback(self._failure or SandboxError("new process", text))
+
+    def _cancel(self, deferred: Deferred[BuilderProcess]) -> None:
+        """Kill; the cancelled Deferred fires when nothing is left."""
+        self._cancelled = True
+        deferred.pause()
+        self._kill(signal.SIGKILL)
+
+    def _data(self, data: bytes) -> None:
+        self._call("childDataReceived", 1, data)
+
+    def _log_ended(self) -> None:
+        if self._running:
+            self._call("childConnectionLost", 1)
+            self._check_end()
+
+    def _check_end(self) -> None:
+        if self._end is not None and self.pipe.closed:
+            self._running = False
+            self._call("processEnded", self._end)
+
+    def _call(self, method: str, *arguments: object) -> None:
+        try:
+            getattr(self._protocol, method)(*arguments)
+        except Exception:  # noqa: BLE001
+            _log.failure("in {method} of a builder's protocol", method=method)
+            if self._end is None:
+                self._kill(signal.SIGKILL)
+
+
+def _reason(status: int) -> ProcessDone | ProcessTerminated:
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return ProcessDone(status)  # type: ignore[no-untyped-call]
+    if code > 0:
+        return ProcessTerminated(code, None, status)  # type: ignore[no-untyped-call]
+    return ProcessTerminated(None, -code, status)  # type: ignore[no-untyped-call]
+
+
+@implementer(ILauncher)
+class ZygoteLauncher:
+    """Runs builders by way of a zygote, which is started at the first need."""
+
+    def __init__(self, reactor: IReactorFDSet) -> None:
+        self._reactor = reactor
+        self._zygote: Zygote | None = None
+        self._numbers = count(1)
+        self._builders: dict[int, BuilderProcess] = {}
+        self._users: dict[int, Deferred[None]] = {}
+        self._stopping: Deferred[None] | None = None
+
+    def spawn(self, protocol: object, spec: object) -> Deferred[BuilderProcess]:
+        """Run the builder of SPEC under PROTOCOL, see `ILauncher.spawn`.
+
+        Cancelling the Deferred kills the process; it then fires when that is dead.
+        """
+        assert isinstance(spec, SandboxSpec)
+        try:
+            zygote = self._get_zygote()
+            body = spec.encode()
+            memory = _memory_file(body) if len(body) > LARGEST_PACKET - _ROOM_FOR_HEADER else None
+            number = next(self._numbers)
+            builder = BuilderProcess(
+                self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
+            )
+        except OSError as error:
+            return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
+        except SandboxError as error:
+            return fail(error)
+        self._builders[number] = builder
+        request = ["spawn", number, _kind(spec), len(body)]
+        if memory is None:
+            zygote.send(request, body, builder.pipe.write_end)
+        else:
+            zygote.send(request, b"", builder.pipe.write_end, memory)
+        return builder.set_up
+
+    def kill_user(self, uid: int) -> Deferred[None]:
+        """Kill every process of UID; the Deferred fires when none is left.
+
+        It fails with `SandboxError` if that may not be, such as for uid 0.
+        """
+        try:
+            zygote = self._get_zygote()
+        except OSError as error:
+            return fail(SandboxError("zygote", f"cannot kill processes: {error}"))
+        except SandboxError as error:
+            return fail(error)
+        number = next(self._numbers)
+        done: Deferred[None] = Deferred(lambda deferred: None)
+        self._users[number] = done
+        zygote.send(["kill-user", number, uid])
+        return done
+
+    def start(self) -> None:
+        """Start the zygote now, so that the first build need not wait for it.
+
+        :raises OSError: it cannot be started.
+        """
+        self._get_zygote()
+
+    def stop(self) -> Deferred[None]:
+        """Kill all builders and end; nothing can be started afterwards."""
+        if self._stopping is None:
+            self._stopping = Deferred()
+            for builder in list(self._builders.values()):
+                try:
+                    builder.signalProcess(signal.SIGKILL)
+                except ProcessExitedAlready:
+                    pass
+            self._check_idle()
+        stopped: Deferred[None] = Deferred()
+        self._stopping.chainDeferred(stopped) if self._zygote else stopped.callback(None)
+        return stopped
+
+    def _get_zygote(self) -> Zygote:
+        if self._stopping is not None:
+            raise SandboxError("zygote", "the daemon is stopping")
+        if self._zygote is None:
+            self._zygote = Zygote(self._reactor, self._answered)
+            self._zygote.ended.addCallback(self._lost)
+        return self._zygote
+
+    def _answered(self, answer: list[Any]) -> None:
+        what, number, *more = answer
+        if what == "done":
+            done = self._users.pop(number)
+            text = more[0]
+            if not done.called:
+                done.errback(SandboxError("kill user", text)) if text else done.callback(None)
+        elif what == "exited":
+            status, usage = more
+            self._builders.pop(number).exited(status, cast(Any, tuple(usage)))
+        else:
+            getattr(self._builders[number], what)(*more)
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        idle = not self._builders and not self._users
+        if self._stopping is not None and self._zygote is not None and idle:
+            self._zygote.close()
+
+    def _lost(self, _: None) -> None:
+        self._zygote = None
+        builders, self._builders = self._builders, {}
+        users, self._users = self._users, {}
+        if self._stopping is None:
+            _log.error(_LOST + "; {count} builds are lost", count=len(builders))
+        for builder in builders.values():
+            builder.lost()
+        for done in users.values():
+            if not done.called:
+                done.errback(SandboxError("zygote", _LOST))
+        if self._stopping is not None:
+            self._stopping.callback(None)
+
+
+def _kind(spec: SandboxSpec) -> str:
+    if spec.root is None:
+        return "plain"
+    return "container" if spec.user_namespace is None else "user"
+
+
+def _memory_file(body: bytes) -> int:
+    descriptor = os.memfd_create("spec", os.MFD_CLOEXEC)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(body)
+    return descriptor

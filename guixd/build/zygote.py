@@ -1,0 +1,178 @@
+"""The zygote process as the reactor sees it: packets out, packets in, and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor, IReadWriteDescriptor
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+import guixd
+from guixd.sandbox.zygote import LARGEST_PACKET
+
+_log = Logger()
+
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from guixd.sandbox.zygote import main; main(int(sys.argv[1]))"
+)
+_READ_AT_ONCE = 64
+"""Most packets taken in one turn of the reactor."""
+
+
+def _search_path() -> list[str]:
+    """Where the zygote finds modules: this very package first, and what the daemon trusts."""
+    parent = os.path.dirname(os.path.dirname(os.path.abspath(guixd.__file__)))
+    others = [entry for entry in sys.path if os.path.isabs(entry) and entry != parent]
+    return [parent, *others]
+
+
+@implementer(IReadWriteDescriptor)
+class Zygote:
+    """A zygote that runs.
+
+    :ivar ended: fires with None when the process is dead and all its packets are handled.
+    """
+
+    def __init__(self, reactor: IReactorFDSet, answered: Callable[[list[Any]], None]) -> None:
+        """Start the process.
+
+        :param answered: called with each packet, see `guixd.sandbox.zygote`.
+        :raises OSError: it cannot be started.
+        """
+        self.ended: Deferred[None] = Deferred()
+        self._reactor = reactor
+        self._answered = answered
+        self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            number = theirs.fileno()
+            command = [sys.executable, "-I", "-X", "utf8", "-c", _BOOT, str(number)]
+            self._process = subprocess.Popen(
+                [*command, *_search_path()],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(number,),
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+            )
+        self._socket.setblocking(False)
+        self._death = _Death(reactor, self._process.pid, self._ended)
+        self._open = True
+        reactor.addReader(self)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the zygote."""
+        return self._process.pid
+
+    def send(self, request: Sequence[object], body: bytes = b"", *descriptors: int) -> None:
+        """Send REQUEST with BODY; the DESCRIPTORS are closed when they are sent."""
+        if not self._open:
+            _close(descriptors)
+            return
+        packet = json.dumps(request).encode() + (b"\n" + body if body else b"")
+        self._queue.append((packet, descriptors))
+        if len(self._queue) == 1:
+            self.doWrite()
+
+    def close(self) -> None:
+        """Hang up, so that the zygote ends; no more answers are wanted."""
+        if self._open:
+            self._open = False
+            self._reactor.removeReader(self)
+            self._reactor.removeWriter(self)
+            self._socket.close()
+            while self._queue:
+                _close(self._queue.popleft()[1])
+
+    # The reactor's side.
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "zygote"
+
+    def doWrite(self) -> None:
+        while self._queue and self._open:
+            packet, descriptors = self._queue[0]
+            try:
+                socket.send_fds(self._socket, [packet], descriptors, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._reactor.addWriter(self)
+                return
+            except OSError:  # It is dying, which `_Death` tells.
+                pass
+            self._queue.popleft()
+            _close(descriptors)
+        self._reactor.removeWriter(self)
+
+    def doRead(self) -> None:
+        for _ in range(_READ_AT_ONCE):
+            if not self._open or not self._read_one():
+                return
+
+    def _read_one(self) -> bool:
+        try:
+            packet = self._socket.recv(LARGEST_PACKET)
+        except BlockingIOError:
+            return False
+        except OSError:
+            packet = b""
+        if not packet:
+            self._reactor.removeReader(self)
+            return False
+        self._answered(json.loads(packet))
+        return True
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.close()
+
+    def _ended(self) -> None:
+        while self._open and self._read_one():
+            pass
+        self.close()
+        status = self._process.wait()
+        _log.debug("zygote {pid} ended: {status}", pid=self._process.pid, status=status)
+        self.ended.callback(None)
+
+
+@implementer(IReadDescriptor)
+class _Death:
+    """Waits for the end of a process."""
+
+    def __init__(self, reactor: IReactorFDSet, pid: int, ended: Callable[[], None]) -> None:
+        self._reactor = reactor
+        self._ended = ended
+        self._descriptor = os.pidfd_open(pid)
+        reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def logPrefix(self) -> str:
+        return "zygote"
+
+    def doRead(self) -> None:
+        self.connectionLost(cast(Failure, None))
+        self._ended()
+
+    def connectionLost(self, reason: Failure) -> None:
+        self._reactor.removeReader(self)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
