@@ -23,10 +23,10 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Measured:
     """What one pass over a tree's archive told."""
 
-    nar_hash: bytes
-    """The sha256, 32 bytes."""
-    nar_size: int
-    """In bytes."""
+    digest: bytes
+    """The sha256 of the archive, 32 bytes."""
+    size: int
+    """The size of the archive in bytes."""
     found: frozenset[str]
     """The hash parts that occur in it, of those looked for."""
 
