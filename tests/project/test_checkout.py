@@ -40,7 +40,7 @@ class Commands(SynchronousTestCase):
         """Each `make X` of README.rst is a target, the demo and the tests come first."""
         readme = (ROOT / "README.rst").read_text()
         targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        named = re.findall(r"\bmake (\w+)", readme)
+        named = re.findall(r"(?:``|^    )make (\w+)", readme, re.MULTILINE)
         self.assertEqual(named[:2], ["demo", "test"])
         self.assertEqual(set(named) - targets, set())
 
