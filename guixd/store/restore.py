@@ -101,6 +101,12 @@ class TreeWriter:
             except OSError as error:
                 self._fail(name, error)
 
+    def pass_over(self) -> None:
+        """Write nothing of what is still to come, since the caller has no use for it."""
+        if self.error is None:
+            self.error = StoreError("the archive was not wanted")
+        self.close()
+
     def finish(self) -> None:
         """Tell that the archive is complete.
 
