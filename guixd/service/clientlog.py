@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from guixd.build.request import Level
@@ -18,10 +19,19 @@ ESCAPES = 1
 """The log type in which lines are marked with their level."""
 CHUNK = 32 * 1024
 """Most bytes of builder output in one message."""
+MOST_PENDING = 128 * 1024
+"""How many bytes may wait for the client before builders should wait, too."""
 
 
 class Messages(Protocol):
     """Where NEXT messages go: the connection."""
+
+    @property
+    def pending(self) -> int:
+        """How many bytes wait for the client to read."""
+
+    async def drained(self) -> None:
+        """Wait until few bytes are pending."""
 
     def next(self, data: bytes) -> None:
         """Send DATA as one NEXT message, or keep it until it can be sent."""
@@ -87,6 +97,12 @@ class ClientLog:
             self._unfinished[pid] = data[size:]
         if size:
             self._output(pid, data[:size])
+
+    def full(self) -> Deferred[None] | None:
+        """Return None, or what fires when the client has read enough to take more."""
+        if self._messages.pending < MOST_PENDING:
+            return None
+        return Deferred.fromCoroutine(self._messages.drained())
 
     def finish(self) -> None:
         """Send what is left at the end of an operation."""

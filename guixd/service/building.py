@@ -1,0 +1,49 @@
+"""Requests that build (spec: protocol §5, op 9 and 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from guixd.build.request import BuildMode, BuildRequest, Wanted
+from guixd.errors import BuildError, NotAllowed, NotInStore
+from guixd.formats import operations as op
+from guixd.formats.path import HASH_LENGTH, StoreDirectory
+from guixd.service.session import Handlers, QuietError, Session
+
+
+def wanted(store: StoreDirectory, item: str) -> Wanted:
+    """Read ITEM: `X.drv` for all outputs, `X.drv!out,dev` for some, or another path.
+
+    :raises NotInStore: the item cannot be the name of anything in the store.
+    """
+    name, _, outputs = item.partition("!")
+    path = store.parse(name)
+    if len(path.base) <= HASH_LENGTH:
+        raise NotInStore(f"'{path}' has no hash part, so it is not in the store")
+    return Wanted(path, frozenset(outputs.split(",")) - {""} or None)
+
+
+def build(session: Session, request: op.BuildPaths) -> Coroutine[Any, Any, None]:
+    """Build what is asked for."""
+    mode = BuildMode(request.mode) if request.mode in list(BuildMode) else BuildMode.NORMAL
+    if mode is BuildMode.REPAIR and not session.trusted:
+        raise QuietError(NotAllowed("repairing is a privileged operation"))
+    return _build(session, request, mode)
+
+
+async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> None:
+    peer = session.peer
+    options = session.options.for_builds(peer and peer.uid, peer and peer.gid)
+    directory = session.store.directory
+    items = tuple(wanted(directory, item) for item in request.items)
+    await session.daemon.build(BuildRequest(items, mode, options), session)
+
+
+def ensure(session: Session, request: op.EnsurePath) -> None:
+    """Test that a path is valid, as long as nothing can be substituted."""
+    if not session.store.database.is_valid(request.path):
+        raise BuildError(f"path '{request.path}' is not valid, and there is no substitute for it")
+
+
+HANDLERS: Handlers = {op.BuildPaths: build, op.EnsurePath: ensure}

@@ -1,0 +1,261 @@
+"""What all sessions share, and the daemon as a Twisted service (spec: options §2, §5)."""
+
+from __future__ import annotations
+
+import grp
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from twisted.application.service import MultiService, Service
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+
+from guixd.build.request import BuildRequest, Level
+from guixd.build.threads import Threads, pool_threads
+from guixd.errors import StoreError
+from guixd.formats.messages import Greeting
+from guixd.formats.path import StoreDirectory
+from guixd.service import adding, building, changes, queries
+from guixd.service.connection import Connection, Reactor
+from guixd.service.listener import Listener
+from guixd.service.listening import BoundSocket, open_all
+from guixd.service.notify import notify
+from guixd.service.options import not_effective
+from guixd.service.session import Handlers, Session, presentable
+from guixd.settings import Settings
+from guixd.store.local import LocalStore
+
+_log = Logger()
+
+WORKER_THREADS = 4
+HANDLERS: Handlers = {
+    **queries.HANDLERS,
+    **adding.HANDLERS,
+    **building.HANDLERS,
+    **changes.HANDLERS,
+}
+
+BuilderFactory: TypeAlias = Callable[["Daemon", LocalStore], Any]
+"""Makes the `IBuilder` of a daemon, when the first build is asked for."""
+
+
+class Daemon(Service):
+    """The store and what builds in it; both begin when they are first needed.
+
+    :ivar uid: who the daemon runs as.
+    """
+
+    def __init__(
+        self, reactor: Reactor, settings: Settings, threads: Threads, builder: BuilderFactory
+    ) -> None:
+        self.reactor = reactor
+        self.settings = settings
+        self.threads = threads
+        self.uid = os.getuid()
+        self._make_builder = builder
+        self._builder: Any = None
+        self._store: LocalStore | None = None
+        self._sessions: set[Session] = set()
+
+    def open_store(self, reserve_space: bool) -> LocalStore:
+        """Return the store, opened if it is not yet.
+
+        :param reserve_space: whether to keep the file that reserves disk space.
+        :raises StoreError: it cannot be opened; it is tried again at the next call.
+        """
+        if self._store is None:
+            settings = self.settings
+            store = LocalStore(
+                settings.directories,
+                build_gid=build_gid(settings) if self.uid == 0 else None,
+                reserve=reserve_space,
+                ignore_symlinks=settings.ignore_symlink_store,
+            )
+            store.open()
+            self._store = store
+        return self._store
+
+    def session(self, connection: Connection, greeting: Greeting) -> Session:
+        """Begin the session of a client whose handshake has come.
+
+        :raises GuixdError: the store cannot be opened.
+        """
+        peer = connection.peer
+        try:
+            session = Session(self, self.open_store(greeting.reserve_space), connection, HANDLERS)
+        except OSError as error:
+            raise presentable(error) from error
+        self._sessions.add(session)
+        if peer is None:
+            _log.info("accepted connection by TCP")
+        else:
+            _log.info("accepted connection: {peer.pid}, user {peer.uid}", peer=peer)
+            problem = session.store.ensure_user_directory(peer.uid)
+            if problem:
+                session.say(Level.INFO, problem)
+        return session
+
+    def left(self, session: Session) -> None:
+        """Forget SESSION."""
+        self._sessions.discard(session)
+
+    def build(self, request: BuildRequest, session: Session) -> Deferred[None]:
+        """Carry out REQUEST of SESSION."""
+        if self._builder is None:
+            self._builder = self._make_builder(self, session.store)
+        done: Deferred[None] = self._builder.build(request, session.log)
+        return done
+
+    async def _stop(self) -> None:
+        builder, self._builder = self._builder, None
+        if builder is not None:
+            await builder.stop()
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    def stopService(self) -> Deferred[None]:
+        """End all builds, then close the store."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+
+def build_gid(settings: Settings) -> int | None:
+    """Return the group of the build users.
+
+    :raises StoreError: there is no such group.
+    """
+    if settings.build_uids is not None:
+        return settings.build_uids.gid
+    if settings.build_users_group is None:
+        return None
+    try:
+        return grp.getgrnam(settings.build_users_group).gr_gid
+    except KeyError:
+        raise StoreError(
+            f"the group '{settings.build_users_group}' specified in 'build-users-group'"
+            " does not exist"
+        ) from None
+
+
+class Workers(Service):
+    """The worker threads.
+
+    :ivar threads: calls functions in them.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._pool = ThreadPool(0, WORKER_THREADS, "guixd-worker")
+        self.threads = pool_threads(reactor, self._pool)
+
+    def startService(self) -> None:
+        super().startService()
+        self._pool.start()
+
+    def stopService(self) -> None:
+        super().stopService()
+        self._pool.stop()
+
+
+class Listeners(Service):
+    """The sockets and the connections that came over them."""
+
+    def __init__(self, reactor: Reactor, daemon: Daemon, environ: Mapping[str, str]) -> None:
+        self._reactor = reactor
+        self._daemon = daemon
+        self._environ = environ
+        self._sockets: list[BoundSocket] = []
+        self._listeners: list[Listener] = []
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """What is listened on, as the log names it."""
+        return tuple(bound.description for bound in self._sockets)
+
+    def startService(self) -> None:
+        """Listen.
+
+        :raises GuixdError: an endpoint cannot be listened on.
+        """
+        settings = self._daemon.settings
+        endpoints = settings.listen or (settings.directories.socket,)
+        self._sockets = open_all(endpoints, self._environ)
+        super().startService()
+        store = StoreDirectory(settings.directories.store)
+        for bound in self._sockets:
+            listener = Listener(self._reactor, bound.socket, self._daemon.session, store=store)
+            listener.start()
+            self._listeners.append(listener)
+            _log.info("listening on {endpoint}", endpoint=bound.description)
+        notify(self._environ, "READY=1")
+
+    async def _stop(self) -> None:
+        notify(self._environ, "STOPPING=1")
+        for listener in self._listeners:
+            await listener.stop()
+        for bound in self._sockets:
+            bound.close()
+        self._listeners, self._sockets = [], []
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening and disconnect everybody, which cancels their work."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+
+class GuixdService(MultiService):
+    """The daemon, for embedding: `workers`, `daemon` and `listeners` by name.
+
+    Parts start in this order and stop in the opposite one, each after the other.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        settings: Settings,
+        *,
+        builder: BuilderFactory,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        """Serve the store of SETTINGS.
+
+        :param builder: makes what builds.
+        :param environ: where the service manager's variables are.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.settings = settings
+        self.workers = Workers(reactor)
+        self.daemon = Daemon(reactor, settings, self.workers.threads, builder)
+        self.listeners = Listeners(reactor, self.daemon, environ)
+        for name, part in (
+            ("workers", self.workers),
+            ("daemon", self.daemon),
+            ("listeners", self.listeners),
+        ):
+            part.setName(name)  # type: ignore[no-untyped-call]
+            part.setServiceParent(self)
+
+    def startService(self) -> None:
+        """Start.
+
+        :raises GuixdError: an endpoint cannot be listened on.
+        """
+        super().startService()
+        settings = self.settings
+        absent = not_effective(settings)
+        if absent:
+            _log.info("not effective in this version: {absent}", absent=", ".join(absent))
+        nobody = settings.build_users_group is None and settings.build_uids is None
+        if nobody and os.geteuid() == 0:
+            _log.warn("running as root without build users: use --build-users-group")
+
+    async def _stop(self) -> None:
+        for part in reversed(list(self)):
+            await maybeDeferred(part.stopService)
+
+    def stopService(self) -> Deferred[None]:
+        """Stop; the Deferred fires when no build, socket or thread is left."""
+        Service.stopService(self)
+        return Deferred.fromCoroutine(self._stop())

@@ -1,0 +1,123 @@
+"""Requests that ask about the store (spec: protocol §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from guixd.formats import operations as op
+from guixd.formats.path import StorePath
+from guixd.service.session import Handlers, Session
+from guixd.store.queries import Queries
+
+BUILTIN_BUILDERS = ("download", "git-download")
+
+
+def is_valid(session: Session, request: op.IsValidPath) -> bool:
+    path = session.store.directory.parse(request.path)
+    return session.store.database.is_valid(path)
+
+
+def valid_paths(session: Session, request: op.QueryValidPaths) -> Iterable[StorePath]:
+    return session.store.database.valid_paths(request.paths)
+
+
+async def all_valid_paths(session: Session, _request: op.QueryAllValidPaths) -> Iterable[StorePath]:
+    return await session.daemon.threads(_read_all, session.store.database.read_only_copy)
+
+
+def _read_all(connect: Callable[[], Queries]) -> list[StorePath]:
+    """Read all valid paths, in a thread."""
+    queries = connect()
+    try:
+        return queries.all_valid_paths()
+    finally:
+        queries.close()
+
+
+def path_info(session: Session, request: op.QueryPathInfo) -> op.PathInfoReply:
+    info = session.store.database.path_info(request.path)
+    return op.PathInfoReply(
+        info.deriver, info.nar_hash.hex(), info.references, info.registration_time, info.nar_size
+    )
+
+
+def path_hash(session: Session, request: op.QueryPathHash) -> str:
+    return session.store.database.path_info(request.path).nar_hash.hex()
+
+
+def references(session: Session, request: op.QueryReferences) -> tuple[StorePath, ...]:
+    return session.store.database.path_info(request.path).references
+
+
+def deriver(session: Session, request: op.QueryDeriver) -> StorePath | None:
+    return session.store.database.path_info(request.path).deriver
+
+
+def referrers(session: Session, request: op.QueryReferrers) -> Iterable[StorePath]:
+    return session.store.database.referrers(request.path)
+
+
+def valid_derivers(session: Session, request: op.QueryValidDerivers) -> Iterable[StorePath]:
+    return session.store.database.valid_derivers(request.path)
+
+
+def outputs(session: Session, request: op.QueryDerivationOutputs) -> Iterable[StorePath]:
+    return session.store.database.derivation_outputs(request.path).values()
+
+
+def output_names(session: Session, request: op.QueryDerivationOutputNames) -> Iterable[str]:
+    return session.store.database.derivation_outputs(request.path)
+
+
+def from_hash_part(session: Session, request: op.QueryPathFromHashPart) -> StorePath | None:
+    return session.store.database.path_from_hash_part(request.hash_part)
+
+
+def failed_paths(session: Session, _request: op.QueryFailedPaths) -> Iterable[StorePath]:
+    return session.store.database.failed_paths()
+
+
+def builtin_builders(_session: Session, _request: op.BuiltinBuilders) -> tuple[str, ...]:
+    return BUILTIN_BUILDERS
+
+
+def substitute_urls(session: Session, _request: op.SubstituteURLs) -> tuple[str, ...]:
+    return session.options.substitute_urls()
+
+
+# Nothing can be substituted yet.
+
+
+def has_substitutes(_session: Session, _request: op.HasSubstitutes) -> bool:
+    return False
+
+
+def substitutable_info(_session: Session, _request: op.QuerySubstitutablePathInfo) -> None:
+    return None
+
+
+def substitutable(_session: Session, _request: object) -> tuple[()]:
+    return ()
+
+
+HANDLERS: Handlers = {
+    op.IsValidPath: is_valid,
+    op.QueryValidPaths: valid_paths,
+    op.QueryAllValidPaths: all_valid_paths,
+    op.QueryPathInfo: path_info,
+    op.QueryPathHash: path_hash,
+    op.QueryReferences: references,
+    op.QueryReferrers: referrers,
+    op.QueryDeriver: deriver,
+    op.QueryValidDerivers: valid_derivers,
+    op.QueryDerivationOutputs: outputs,
+    op.QueryDerivationOutputNames: output_names,
+    op.QueryPathFromHashPart: from_hash_part,
+    op.QueryFailedPaths: failed_paths,
+    op.BuiltinBuilders: builtin_builders,
+    op.SubstituteURLs: substitute_urls,
+    op.HasSubstitutes: has_substitutes,
+    op.QuerySubstitutablePathInfo: substitutable_info,
+    op.QuerySubstitutablePathInfos: substitutable,
+    op.QuerySubstitutablePaths: substitutable,
+}

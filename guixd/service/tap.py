@@ -1,0 +1,67 @@
+"""The daemon as a program: `twistd guixd` and `python -m guixd` (spec: options §2, §5)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from twisted.application.service import IService
+from twisted.logger import (
+    FilteringLogObserver,
+    LogLevel,
+    LogLevelFilterPredicate,
+    globalLogBeginner,
+    textFileLogObserver,
+)
+
+from guixd.build.engine import make_builder
+from guixd.errors import GuixdError
+from guixd.service.daemon import GuixdService
+from guixd.service.options import Options
+from guixd.settings import Settings
+
+__all__ = ["Options", "makeService", "run"]
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread that runs Python lets the reactor go on."""
+
+
+def makeService(options: Options) -> IService:
+    """Return the daemon that OPTIONS ask for, for twistd."""
+    return _make(options.settings)
+
+
+def _make(settings: Settings) -> GuixdService:
+    from twisted.internet import reactor
+
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    return GuixdService(reactor, settings, builder=make_builder)
+
+
+def run(settings: Settings) -> int:
+    """Run the daemon in the foreground, logging to standard error, until a signal.
+
+    :return: the program's exit status.
+    """
+    from twisted.internet import reactor as installed
+
+    reactor: Any = installed
+    os.umask(0o022)
+    level = LogLevel.debug if settings.debug else LogLevel.info
+    observer = FilteringLogObserver(
+        textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(level)]
+    )
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+    service = _make(settings)
+    try:
+        service.startService()
+    except GuixdError as error:
+        print(f"error: {error.text}", file=sys.stderr)
+        return 1
+    os.chdir("/")
+    reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(reactor.stop))
+    reactor.run()
+    return 0
