@@ -230,9 +230,9 @@ class Connection:
 
     # What sessions use.
 
-    def next(self, text: Data) -> None:
-        """Send log TEXT."""
-        self._send(encode_next(text))
+    def next(self, data: Data) -> None:
+        """Send DATA as log text."""
+        self._send(encode_next(data))
 
     def write(self, data: Data) -> None:
         """Send DATA to the client's sink."""
