@@ -94,7 +94,7 @@ class Place:
         with listening, (self.directory / "daemon.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 ["sh", "-c", activate, "sh", *guest.view(base, self.binds, command)],
-                stdin=listening, stdout=log, stderr=log, env=environment, cwd="/",
+                stdin=listening.fileno(), stdout=log, stderr=log, env=environment, cwd="/",
             )  # fmt: skip
 
     def stop(self) -> None:

@@ -1,0 +1,160 @@
+"""NARs, store paths and derivations for the workloads, independent of the daemon's code.
+
+Spec: nar §1, store §2 and §3, derivations §1 and §5.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+
+from bench.wire import string, word
+
+MIB = 1 << 20
+_ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
+
+
+def base32(digest: bytes) -> str:
+    number = int.from_bytes(digest, "little")
+    length = (len(digest) * 8 + 4) // 5
+    return "".join(_ALPHABET[number >> 5 * place & 31] for place in reversed(range(length)))
+
+
+def store_path(store: str, kind: str, digest: str, name: str) -> str:
+    """Return the path of an item of KIND whose content has the hex DIGEST."""
+    long = sha256(f"{kind}:sha256:{digest}:{store}:{name}".encode()).digest()
+    short = bytes(long[i] ^ (long[i + 20] if i + 20 < 32 else 0) for i in range(20))
+    return f"{store}/{base32(short)}-{name}"
+
+
+def text_path(store: str, name: str, text: bytes, references: Iterable[str] = ()) -> str:
+    kind = ":".join(["text", *sorted(references)])
+    return store_path(store, kind, sha256(text).hexdigest(), name)
+
+
+def _tokens(*words: str) -> bytes:
+    return b"".join(map(string, words))
+
+
+_FILE = _tokens("(", "type", "regular", "contents")
+_PROGRAM = _tokens("(", "type", "regular", "executable", "", "contents")
+_END = string(")")
+_MAGIC = string("nix-archive-1")
+
+
+def nar_file(data: bytes, *, executable: bool = False) -> bytes:
+    return (_PROGRAM if executable else _FILE) + string(data) + _END
+
+
+def nar_link(target: str) -> bytes:
+    return _tokens("(", "type", "symlink", "target", target, ")")
+
+
+def nar_directory(entries: Mapping[str, bytes]) -> bytes:
+    """Return the node of a directory whose ENTRIES are nodes themselves."""
+    parts = [_tokens("(", "type", "directory")]
+    for name in sorted(entries):
+        parts += [_tokens("entry", "(", "name", name, "node"), entries[name], _END]
+    return b"".join([*parts, _END])
+
+
+def nar(node: bytes) -> bytes:
+    return _MAGIC + node
+
+
+def big_file(mebibytes: int, seed: int) -> Iterator[bytes]:
+    """Yield the NAR of one file of MEBIBYTES that is unlike that of other seeds."""
+    block = random.Random(7).randbytes(MIB)
+    yield _MAGIC + _FILE + word(mebibytes * MIB)
+    for index in range(mebibytes):
+        yield block if index else seed.to_bytes(8, "little") + block[8:]
+    yield _END
+
+
+def tree(files: int, seed: int) -> bytes:
+    """Return the NAR of a tree of FILES: most below 2 KB, a tenth up to 16 KB, half of
+    those twins of each other, in directories of 200."""
+    source = random.Random(11)
+    twins = [source.randbytes(9000 + 16 * n) for n in range(16)]
+    directories: dict[str, dict[str, bytes]] = {}
+    for index in range(files):
+        if index % 20 == 19:
+            data = twins[index // 20 % len(twins)]
+        elif index % 20 == 9:
+            data = source.randbytes(source.randrange(9000, 16000))
+        else:
+            data = source.randbytes(source.randrange(40, 2000))
+        if index == 0:
+            data = b"%d" % seed
+        directories.setdefault(f"dir-{index // 200:03}", {})[f"file-{index:05}"] = nar_file(data)
+    return nar(nar_directory({name: nar_directory(each) for name, each in directories.items()}))
+
+
+def log_lines(size: int) -> bytes:
+    """Return about SIZE bytes that look, and compress, like the log of a compilation."""
+    source = random.Random(13)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(source.choices(letters, k=source.randrange(3, 9))) for _ in range(2500)]
+    lines, length = [], 0
+    while length < size:
+        name = "_".join(source.choices(words, k=2))
+        line = source.choices(
+            (
+                f"  CC       src/{name}.o",
+                f"gcc -std=gnu11 -I. -I../include -O2 -g -Wall -fPIC -c src/{name}.c "
+                f"-o .libs/{name}.o -MMD -MF .deps/{name}.d",
+                f"checking whether {name} works... {source.choice(('yes', 'no'))}",
+                f"PASS: {name}",
+            ),
+            (1, 5, 3, 2),
+        )[0]
+        lines.append(line + "\n")
+        length += len(line) + 1
+    return "".join(lines).encode()
+
+
+class Derivation:
+    """A derivation with one output, not fixed.
+
+    :ivar path: file name of the derivation; `out` that of its output.
+    """
+
+    modulo: str
+    path: str
+
+    def __init__(
+        self, store: str, name: str, builder: str, arguments: list[str],
+        environment: Mapping[str, str], sources: Iterable[str], inputs: Iterable[Derivation] = (),
+    ) -> None:  # fmt: skip
+        self._builder, self._arguments = builder, arguments
+        self._environment, self._sources = environment, sorted(sources)
+        self.name, self.inputs = name, list(inputs)
+        modulo = sorted(each.modulo for each in self.inputs)
+        masked = sha256(self._text("", modulo)).hexdigest()
+        self.out = store_path(store, "output:out", masked, name)
+        self.modulo = sha256(self._text(self.out, modulo)).hexdigest()
+        self.text = self._text(self.out, sorted(each.path for each in self.inputs))
+        self.references = sorted([*self._sources, *(each.path for each in self.inputs)])
+        self.path = text_path(store, name + ".drv", self.text, self.references)
+
+    def _text(self, out: str, inputs: list[str]) -> bytes:
+        def quote(value: str) -> str:
+            for plain, escaped in ("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"):
+                value = value.replace(plain, escaped)
+            return f'"{value}"'
+
+        def several(values: Iterable[str]) -> str:
+            return f"[{','.join(values)}]"
+
+        environment = sorted({**self._environment, "out": out}.items())
+        fields = [
+            f'[("out",{quote(out)},"","")]',
+            several(f'({quote(each)},["out"])' for each in inputs),
+            several(map(quote, self._sources)),
+            '"x86_64-linux"',
+            quote(self._builder),
+            several(map(quote, self._arguments)),
+            several(f"({quote(name)},{quote(value)})" for name, value in environment),
+        ]
+        return f"Derive({','.join(fields)})".encode()
