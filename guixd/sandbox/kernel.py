@@ -1,6 +1,6 @@
 """The system calls of a container that Python has no function for.
 
-Numbers are those of the kernel's headers (sandbox.md §12); each function raises
+Numbers are those of the kernel's headers (spec: sandbox §12); each function raises
 `OSError` with the name of the file concerned.
 """
 

@@ -1,4 +1,4 @@
-"""What a new process does to become the builder in its container (sandbox.md §6).
+"""What a new process does to become the builder in its container (spec: sandbox §6).
 
 The phases are small functions run in order; `run` reports the one that fails.
 They run between fork and exec of a process with one thread, so they import nothing.

@@ -1,4 +1,4 @@
-"""The container of one build as a frozen value (sandbox.md §3 to §9).
+"""The container of one build as a frozen value (spec: sandbox §3 to §9).
 
 Nothing is left to decide for who carries it out: every mount, file, variable
 and id is in here.  Text is UTF-8 with surrogate escapes.

@@ -1,0 +1,215 @@
+"""The directories of one build: its build tree and what becomes its root (spec: sandbox §3, §4).
+
+Everything here blocks, so it is called in threads.  What a builder could have
+touched is reached by descriptors only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from guixd.build.users import BuildUser
+from guixd.errors import StoreError
+from guixd.formats.path import StorePath
+from guixd.store.trees import chown_tree, open_beneath, remove, strip
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TOP = "top"
+_MOST_NUMBERS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A build tree that was kept, and what could not be done with it."""
+
+    path: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The directories of a build.
+
+    :ivar outside: name of the build tree, `TMP/guix-build-NAME-N`.
+    :ivar build_directory: where the builder works, as the host names it.
+    :ivar root: what becomes `/`; `None` without a container.
+    """
+
+    outside: str
+    build_directory: str
+    chroot: str | None
+    root: str | None
+    _outside_fd: int
+    _build_fd: int
+    _root_fd: int
+
+    @classmethod
+    def create(
+        cls,
+        path: StorePath,
+        *,
+        temporary: str,
+        use_chroot: bool,
+        user: BuildUser | None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Workspace:
+        """Make the directories for the derivation PATH.
+
+        :param temporary: parent of the build tree, without symbolic links.
+        :param user: who runs the builder and gets the build directory; `None`
+            for the daemon's user.
+        :param files: contents by name to put into the build directory.
+        :raises OSError: or `StoreError`; nothing is left then.
+        """
+        opened: list[int] = []
+        outside = _make_outside(f"{temporary}/guix-build-{path.name}")
+        chroot = root = None
+        try:
+            opened.append(_open_own(outside, None, 0o700))
+            if use_chroot:
+                build_directory = f"{outside}/{_TOP}"
+                os.mkdir(_TOP, 0o700, dir_fd=opened[0])
+                opened.append(_open_own(_TOP, opened[0], 0o700))
+            else:
+                build_directory = outside
+                opened.append(os.dup(opened[0]))
+            for name, data in (files or {}).items():
+                _write(opened[1], name, data)
+            if user is not None:
+                os.chown(opened[1], user.uid, user.gid)
+            if use_chroot:
+                chroot = f"{path}.chroot"
+                root = f"{chroot}/{_TOP}"
+                opened.append(_make_chroot(chroot, user))
+        except BaseException:
+            for descriptor in opened:
+                os.close(descriptor)
+            remove(None, outside)
+            if chroot is not None:
+                remove(None, chroot)
+            raise
+        root_fd = opened[2] if use_chroot else -1
+        return cls(outside, build_directory, chroot, root, opened[0], opened[1], root_fd)
+
+    def open_store(self, store: str) -> int:
+        """Return a descriptor of the builder's own store directory.
+
+        To be used when all processes of the build are dead; the caller closes it.
+
+        :param store: the store directory as the builder names it.
+        :raises StoreError: the builder has put something else in its place.
+        """
+        if self._root_fd < 0:
+            return os.open(store, _DIRECTORY)
+        try:
+            return open_beneath(self._root_fd, store.lstrip("/"), _DIRECTORY)
+        except OSError as error:
+            raise StoreError(
+                f"the builder changed the directories above its outputs: {error.strerror}"
+            ) from error
+
+    def remove(self) -> None:
+        """Delete all of it; what is gone already is no error.
+
+        :raises StoreError: something could not be deleted; the rest is.
+        """
+        self._close()
+        try:
+            remove(None, self.outside)
+        finally:
+            if self.chroot is not None:
+                remove(None, self.chroot)
+
+    def keep(self, uid: int | None, gid: int | None) -> Kept:
+        """Hand the build tree over to a client for inspection, and delete the rest.
+
+        To be used when all processes of the build are dead.  Until modes and
+        owner are final nobody else can enter the tree.
+
+        :param uid: the client's; with 0 or `None` the tree stays the daemon's.
+        """
+        try:
+            return Kept(self.outside, self._hand_over(uid, gid) if uid else "")
+        except (OSError, StoreError) as error:
+            return Kept(self.outside, f"build tree '{self.outside}' stays closed: {error}")
+        finally:
+            self._close()
+            if self.chroot is not None:
+                remove(None, self.chroot)
+
+    def _hand_over(self, uid: int, gid: int | None) -> str:
+        problem = ""
+        within = self._outside_fd if self.chroot is not None else None
+        tree = _TOP if self.chroot is not None else self.outside
+        strip(within, tree)
+        try:
+            chown_tree(within, tree, uid, gid or -1)
+            os.chown(self._build_fd, os.geteuid(), -1)
+        except (OSError, StoreError) as error:
+            uid, problem = -1, f"cannot change the owner of '{self.outside}': {error}"
+        if self.chroot is not None:
+            pivot = self.outside + ".pivot"
+            os.rename(self.outside, pivot)
+            os.rename(_TOP, self.outside, src_dir_fd=self._outside_fd)
+            os.rmdir(pivot)
+        os.chmod(self._build_fd, 0o755)
+        if uid >= 0:
+            os.chown(self._build_fd, uid, -1)
+        return problem
+
+    def _close(self) -> None:
+        for descriptor in (self._outside_fd, self._build_fd, self._root_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _make_outside(prefix: str) -> str:
+    """Create the first PREFIX-N that does not exist, for the daemon only."""
+    for number in range(_MOST_NUMBERS):
+        outside = f"{prefix}-{number}"
+        try:
+            os.mkdir(outside, 0o700)
+        except FileExistsError:
+            continue
+        return outside
+    raise StoreError(f"there are {_MOST_NUMBERS} build trees '{prefix}-N' already")
+
+
+def _make_chroot(chroot: str, user: BuildUser | None) -> int:
+    """Create the directory that becomes `/` below CHROOT; return its descriptor."""
+    remove(None, chroot)
+    os.mkdir(chroot, 0o750)
+    above = _open_own(chroot, None, 0o750)
+    try:
+        os.mkdir(_TOP, 0o750, dir_fd=above)
+        root = _open_own(_TOP, above, 0o750)
+    finally:
+        os.close(above)
+    if user is not None:
+        os.chown(root, -1, user.gid)
+    return root
+
+
+def _open_own(name: str, within: int | None, mode: int) -> int:
+    """Open a directory that was just made; it must be this process' own.
+
+    Its group becomes the daemon's, whatever the directory above has set.
+    """
+    descriptor = os.open(name, _DIRECTORY, dir_fd=within)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise StoreError(f"directory '{name}' was exchanged")
+        os.chown(descriptor, -1, os.getegid())
+        os.chmod(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(directory: int, name: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(name, flags, 0o644, dir_fd=directory), "wb") as file:
+        file.write(data)
