@@ -190,7 +190,7 @@ def _binds(
     directory: str,
     settings: Settings,
 ) -> tuple[Bind, ...]:
-    """Return the mounts of spec: sandbox §5, sorted by target; later entries replace earlier ones."""
+    """Return the mounts (spec: sandbox §5) sorted by target; later entries replace earlier."""
     binds: dict[str, Bind] = {}
 
     def add(source: str, target: str, *, read_only: bool, optional: bool = False) -> None:
