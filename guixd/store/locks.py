@@ -1,0 +1,220 @@
+"""Locks that hold against other daemons and between our own sessions (spec: store §10).
+
+They are open-file-description locks: other daemons' record locks conflict with them,
+but closing another descriptor of the same file does not lose them, and two
+descriptors in this process exclude each other.
+
+The big lock has a second use.  Every session of another daemon holds it shared for its
+whole life, and so do we.  For the few microseconds of a small addition we make ours
+exclusive, without waiting: the kernel does that in one step or leaves the shared lock
+as it is.  Success proves that no foreign session exists and keeps new ones from
+starting, so that a path lock file would protect against nobody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from errno import EACCES, EAGAIN, EINTR
+from threading import Condition
+
+from guixd.errors import StoreError
+
+_STALE = b"d"
+# Linux numbers them alike everywhere; `fcntl` names them in CPython 3.9 and later.
+_GETLK, _SETLK, _SETLKW = fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW
+
+
+def _flock(kind: int) -> bytes:
+    # struct flock: type, whence, start, length (0: to the end), process (0 for these locks).
+    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, 0, 0, 0)
+
+
+_READ, _WRITE, _NONE = _flock(fcntl.F_RDLCK), _flock(fcntl.F_WRLCK), _flock(fcntl.F_UNLCK)
+
+
+def lock_descriptor(fd: int, *, exclusive: bool, wait: bool = False) -> bool:
+    """Lock the whole file of FD, or change the lock that FD has, in one step.
+
+    :param wait: block until it is possible; only in a thread.
+    :return: whether it was; if not, the lock that FD had is still there.
+    """
+    request = _WRITE if exclusive else _READ
+    while True:
+        try:
+            fcntl.fcntl(fd, _SETLKW if wait else _SETLK, request)
+        except OSError as error:
+            if error.errno in (EAGAIN, EACCES) and not wait:
+                return False
+            if error.errno != EINTR:
+                raise
+        else:
+            return True
+
+
+def unlock_descriptor(fd: int) -> None:
+    """Give up the lock that FD has on its file."""
+    fcntl.fcntl(fd, _SETLK, _NONE)
+
+
+def open_lock_file(path: str) -> int:
+    """Open or make the lock file PATH, mode 0600, and return its descriptor.
+
+    :raises StoreError: it cannot be opened, or is no regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise StoreError(f"cannot open lock file '{path}': {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StoreError(f"lock file '{path}' is not a regular file")
+    return fd
+
+
+class FileLock:
+    """A lock file that stays: the big lock, the collector's lock, a build user's lock.
+
+    :param path: the file, made with mode 0600 when it is first locked.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self, *, exclusive: bool, wait: bool = False) -> bool:
+        """Take the lock, or change the mode of the one held, in one step.
+
+        :param wait: block until it is possible; only in a thread.
+        :return: whether it was; if not, what was held before is still held.
+        :raises StoreError: the file cannot be opened or locked.
+        """
+        if self._fd is None:
+            self._fd = open_lock_file(self.path)
+        try:
+            return lock_descriptor(self._fd, exclusive=exclusive, wait=wait)
+        except OSError as error:
+            raise StoreError(f"cannot lock '{self.path}': {error.strerror}") from error
+
+    def release(self) -> None:
+        """Give the lock up but keep the file open."""
+        if self._fd is not None:
+            unlock_descriptor(self._fd)
+
+    def close(self) -> None:
+        """Give the lock up, if held, and close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    @contextmanager
+    def exclusively(self) -> Iterator[bool]:
+        """Make the shared lock that is held exclusive for a moment, if nobody else has it.
+
+        Gives whether that was possible.  The block must be short and must not wait.
+        """
+        fd = self._fd
+        if fd is None or not lock_descriptor(fd, exclusive=True):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock_descriptor(fd, exclusive=False)
+
+
+class PathLocks:
+    """The lock files of some store paths, held.
+
+    A lock file may vanish while somebody waits for it.  Whoever removes it writes a
+    byte into it first, so that those who get the lock on the removed file see it and
+    start again; otherwise a third one could lock a new file of the same name meanwhile.
+    """
+
+    _held: set[str] = set()
+    _changed = Condition()
+
+    def __init__(self) -> None:
+        self._files: list[tuple[str, int]] = []
+
+    @classmethod
+    def acquire(cls, paths: Iterable[str], *, wait: bool = False) -> PathLocks | None:
+        """Lock all of PATHS, in the order that everybody uses.
+
+        :param wait: block until that is possible; only in a thread.
+        :return: `None` if somebody in this or another process has one of them.
+        :raises StoreError: a lock file cannot be made.
+        """
+        names = sorted({path + ".lock" for path in paths}, key=os.fsencode)
+        with cls._changed:
+            while not cls._held.isdisjoint(names):
+                if not wait:
+                    return None
+                cls._changed.wait()
+            cls._held.update(names)
+        locks = cls()
+        complete = False
+        try:
+            for name in names:
+                fd = _lock_path(name, wait)
+                if fd is None:
+                    return None
+                locks._files.append((name, fd))
+            complete = True
+            return locks
+        finally:
+            if not complete:
+                for _, fd in locks._files:
+                    os.close(fd)
+                cls._forget(names)
+
+    @classmethod
+    def is_held(cls, path: str) -> bool:
+        """Whether this process has the lock of PATH."""
+        return path + ".lock" in cls._held
+
+    @classmethod
+    def _forget(cls, names: Collection[str]) -> None:
+        with cls._changed:
+            cls._held.difference_update(names)
+            cls._changed.notify_all()
+
+    def release(self, delete: bool) -> None:
+        """Give the locks up; nothing happens the second time.
+
+        :param delete: remove the files; only right when the paths are valid.
+        """
+        files, self._files = self._files, []
+        for name, fd in files:
+            try:
+                if delete:
+                    try:
+                        os.unlink(name)
+                    except FileNotFoundError:
+                        pass
+                    os.write(fd, _STALE)
+            finally:
+                os.close(fd)
+        self._forget([name for name, _ in files])
+
+
+def _lock_path(name: str, wait: bool) -> int | None:
+    while True:
+        fd = open_lock_file(name)
+        locked = False
+        try:
+            if not lock_descriptor(fd, exclusive=True, wait=wait):
+                return None
+            locked = os.fstat(fd).st_size == 0
+            if locked:
+                return fd
+        except OSError as error:
+            raise StoreError(f"cannot lock '{name}': {error.strerror}") from error
+        finally:
+            if not locked:
+                os.close(fd)

@@ -1,0 +1,249 @@
+"""Roots of the garbage collector: temporary ones of sessions, permanent ones (spec: gc §3, §4)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import EACCES, ENOENT, ENOTDIR
+
+from guixd.errors import Busy, NotInStore, StoreError
+from guixd.formats.hashes import to_base32
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.store.locks import FileLock, lock_descriptor
+
+__all__ = ["Busy", "TempRoots", "add_indirect_root", "canonical", "find_roots", "sync_with_gc"]
+
+_BUSY = "a garbage collection is running"
+_IGNORED = (EACCES, ENOENT, ENOTDIR)
+
+
+class TempRoots:
+    """What one session protects from collectors until it ends.
+
+    The file that tells other daemons is made when the first root is added.
+
+    :param file: its name, such as `STATE/temproots/PID-N`.
+    :param gc_lock: the name of the collector's lock, `STATE/gc.lock`.
+    :ivar paths: all that was added.
+    """
+
+    def __init__(self, file: str, gc_lock: str) -> None:
+        self.paths: set[StorePath] = set()
+        self._file = file
+        self._gc_lock = gc_lock
+        self._fd: int | None = None
+        self._closed = False
+        self._turn = threading.Lock()
+
+    def add(self, path: StorePath) -> None:
+        """Protect PATH, valid or not, without waiting.
+
+        :raises Busy: a collector is reading; try again later, or `add_waiting` in a thread.
+        :raises StoreError: the file cannot be written.
+        """
+        if path not in self.paths:
+            self._add(path, wait=False)
+
+    def add_waiting(self, path: StorePath) -> None:
+        """Protect PATH as `add` does, but wait for collectors; for a thread.
+
+        :raises StoreError: the file cannot be written.
+        """
+        if path not in self.paths:
+            self._add(path, wait=True)
+
+    def _add(self, path: StorePath, wait: bool) -> None:
+        if not self._turn.acquire(blocking=wait):
+            raise Busy(_BUSY)
+        try:
+            if self._closed:
+                raise StoreError("the session has ended")
+            fd = self._open(wait) if self._fd is None else self._fd
+            if not lock_descriptor(fd, exclusive=True, wait=wait):
+                raise Busy(_BUSY)
+            try:
+                entry = os.fsencode(path) + b"\0"
+                if os.write(fd, entry) != len(entry):
+                    raise StoreError(f"cannot write '{self._file}'")
+            finally:
+                lock_descriptor(fd, exclusive=False)
+            self.paths.add(path)
+        except OSError as error:
+            raise StoreError(f"cannot write '{self._file}': {error.strerror}") from error
+        finally:
+            self._turn.release()
+
+    def _open(self, wait: bool) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        while True:
+            gc_lock = FileLock(self._gc_lock)
+            try:
+                if not gc_lock.acquire(exclusive=False, wait=wait):
+                    raise Busy(_BUSY)
+                try:
+                    os.unlink(self._file)  # of a dead process with our number
+                except FileNotFoundError:
+                    pass
+                fd = os.open(self._file, flags, 0o600)
+            finally:
+                gc_lock.close()
+            # A collector that comes between takes the file for that of a dead process.
+            try:
+                if lock_descriptor(fd, exclusive=False, wait=wait) and not os.fstat(fd).st_size:
+                    self._fd = fd
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def close(self) -> None:
+        """Give all roots up.  Not while a thread is in `add_waiting`."""
+        self._closed = True
+        self.paths.clear()
+        if self._fd is not None:
+            try:
+                os.unlink(self._file)
+            except FileNotFoundError:
+                pass
+            os.close(self._fd)
+            self._fd = None
+
+
+def canonical(path: str) -> str:
+    """Make PATH absolute, from `/` on, and free of `.`, `..` and empty parts, as text."""
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def add_indirect_root(state: str, path: str) -> None:
+    """Make a root of what the symbolic link PATH points to, as long as it does.
+
+    :param state: the state directory.
+    :raises StoreError: the link to it cannot be made.
+    """
+    path = canonical(path)
+    directory = state + "/gcroots/auto"
+    digest = hashlib.sha1(os.fsencode(path), usedforsecurity=False).digest()
+    link = f"{directory}/{to_base32(digest)}"
+    temporary = f"{link}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        os.makedirs(directory, mode=0o755, exist_ok=True)
+        try:
+            if os.readlink(link) == path:
+                return
+        except OSError:
+            pass
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        os.symlink(path, temporary)
+        os.replace(temporary, link)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot add the root '{path}': {error}") from error
+
+
+def find_roots(
+    state: str,
+    store: StoreDirectory,
+    is_valid: Callable[[StorePath], bool],
+    report: Callable[[str], None],
+) -> dict[str, StorePath]:
+    """Return the permanent roots: from the names of links or files to items, sorted.
+
+    Links below `gcroots/auto` that lead nowhere are removed.  For a thread.
+
+    :param report: gets lines for the user.
+    :raises StoreError: a directory cannot be read, for other reasons than permission.
+    """
+    finder = _Finder(state, store, is_valid, report)
+    for name in "gcroots", "manifests", "profiles":
+        finder.walk(f"{state}/{name}")
+    return dict(sorted(finder.roots.items(), key=lambda pair: os.fsencode(pair[0])))
+
+
+class _Finder:
+    def __init__(
+        self,
+        state: str,
+        store: StoreDirectory,
+        is_valid: Callable[[StorePath], bool],
+        report: Callable[[str], None],
+    ) -> None:
+        self.roots: dict[str, StorePath] = {}
+        self._auto = state + "/gcroots/auto/"
+        self._store = store
+        self._is_valid = is_valid
+        self._report = report
+
+    def walk(self, top: str) -> None:
+        if not os.path.lexists(top):
+            return
+        pending = [top]
+        while pending:
+            path = pending.pop()
+            with self._tolerating(path):
+                mode = os.lstat(path).st_mode
+                if stat.S_ISDIR(mode):
+                    pending += [f"{path}/{name}" for name in os.listdir(path)]
+                elif stat.S_ISLNK(mode):
+                    self._link(path)
+                elif stat.S_ISREG(mode):
+                    item = self._store.child(os.path.basename(path))
+                    if self._is_valid(item):
+                        self.roots[path] = item
+
+    @contextmanager
+    def _tolerating(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _IGNORED:
+                raise StoreError(f"cannot read '{path}': {error.strerror}") from error
+            self._report(f"cannot read potential root '{path}'")
+
+    def _link(self, path: str) -> None:
+        target = os.readlink(path)
+        if self._in_store(target):
+            self._add(path, target)
+            return
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+        try:
+            mode = os.lstat(target).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if path.startswith(self._auto):
+                self._report(f"removing stale link from '{path}' to '{target}'")
+                os.unlink(path)
+            return
+        # One step more, and no other: the user's link, to which the first one leads.
+        if stat.S_ISLNK(mode):
+            second = os.readlink(target)
+            if self._in_store(second):
+                self._add(target, second)
+
+    def _in_store(self, target: str) -> bool:
+        return target.startswith(self._store.path + "/") and len(target) > len(self._store.path) + 1
+
+    def _add(self, link: str, target: str) -> None:
+        try:
+            item = self._store.containing(target)
+        except NotInStore:
+            return
+        if self._is_valid(item):
+            self.roots[link] = item
+        else:
+            self._report(f"skipping invalid root from '{link}' to '{item}'")
+
+
+def sync_with_gc(gc_lock: str) -> None:
+    """Wait until no collection runs; for a thread (op 13)."""
+    lock = FileLock(gc_lock)
+    try:
+        lock.acquire(exclusive=False, wait=True)
+    finally:
+        lock.close()
