@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from zope.interface import Interface
 
 
@@ -28,7 +30,7 @@ class IBuildObserver(Interface):
 class IBuilder(Interface):
     """Builds derivations (layer `build`)."""
 
-    def build(request: object, observer: object) -> object:
+    def build(request: Any, observer: Any) -> Any:
         """Carry out a `build.request.BuildRequest` for an `IBuildObserver`.
 
         :return: a Deferred that fires with None, or fails with `BuildError` (or

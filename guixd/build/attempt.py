@@ -1,0 +1,502 @@
+"""One attempt to build one derivation, from a free slot to valid outputs (build.md §3, §8)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ProcessExitedAlready, ProcessTerminated
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from guixd.build import container
+from guixd.build.broadcast import Broadcast
+from guixd.build.builtins import is_builtin, refuse_builtin
+from guixd.build.constraints import check_references, export_graphs
+from guixd.build.logs import LogFile, log_file
+from guixd.build.outputs import Harvest, Made
+from guixd.build.request import ClientOptions, Level
+from guixd.build.results import BuildFailure, Result, Status, result_of
+from guixd.build.threads import Threads
+from guixd.build.users import BuildUser, BuildUserPool
+from guixd.build.watchdog import Watchdog
+from guixd.build.workspace import Kept, Workspace
+from guixd.errors import Busy, GuixdError, ReferencesCycle
+from guixd.formats.derivation import Derivation
+from guixd.formats.path import StorePath
+from guixd.formats.trace import BuildFailed, BuildStarted, BuildSucceeded, BuildTimedOut
+from guixd.sandbox.spec import SandboxSpec
+from guixd.settings import Settings
+from guixd.store.items import Registration
+from guixd.store.local import LocalStore
+from guixd.store.locks import PathLocks
+from guixd.store.trees import remove
+
+_log = Logger()
+_T = TypeVar("_T")
+
+BUSY_RETRY = 0.1
+"""Seconds until a database that another process writes to is tried again."""
+LOCK_RETRY = 1.0
+"""Seconds until an output that another process holds is tried again."""
+DISK_FULL = 8 << 20
+"""Free bytes below which a failure is put down to the disk."""
+
+
+class Launcher(Protocol):
+    """`interfaces.ILauncher` for the type checker."""
+
+    def spawn(self, protocol: ProcessProtocol, spec: object, /) -> Deferred[Any]: ...
+    def kill_user(self, uid: int, /) -> Deferred[None]: ...
+    def stop(self) -> Deferred[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What every attempt uses."""
+
+    reactor: IReactorTime
+    threads: Threads
+    settings: Settings
+    store: LocalStore
+    launcher: Launcher
+    users: BuildUserPool | None
+    """`None` if builders run as the daemon's own user."""
+    host: container.Host
+
+    def all_valid(self, drv: Derivation) -> bool:
+        """Whether DRV has nothing left to build."""
+        return all(self.store.database.is_valid(path) for path in drv.output_paths)
+
+
+class _Builder(ProcessProtocol):
+    """Passes a builder's output on; `ended` gets the reason when nothing more comes."""
+
+    def __init__(self, output: Callable[[bytes], None]) -> None:
+        self._output = output
+        self.ended: Deferred[tuple[Failure]] = Deferred()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self._output(data)
+
+    def processEnded(self, reason: Failure) -> None:
+        # In a tuple: a failure as the result would be raised where it is awaited.
+        self.ended.callback((reason,))
+
+
+class Attempt:
+    """One build.  `run` is called once; `cancel` may be called at any time."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        path: StorePath,
+        drv: Derivation,
+        options: ClientOptions,
+        broadcast: Broadcast,
+    ) -> None:
+        self._shop = workshop
+        self._path = path
+        self._drv = drv
+        self._options = options
+        self._broadcast = broadcast
+        self._cancelled = False
+        self._waiting: Deferred[Any] | None = None
+        self._private = f"{path}.chroot"
+        self._user: BuildUser | None = None
+        self._transport: Any = None
+        self._contained = workshop.settings.use_chroot
+        self._killed = False
+        self._holders: set[str] = set()
+        self._watchdog: Watchdog | None = None
+        self._expired: str | None = None
+        self._missing = dict(drv.outputs)
+        self._make_log()
+
+    def _make_log(self) -> None:
+        shop = self._shop
+        if shop.settings.keep_log:
+            compression = shop.settings.log_compression
+            self._broadcast.log_file = LogFile(
+                shop.reactor,
+                shop.threads,
+                log_file(shop.settings.directories.log, self._path, compression),
+                compression,
+                lambda room: self.hold("log", not room),
+            )
+
+    # --- control from outside ---------------------------------------------------
+
+    def cancel(self) -> None:
+        """Give the build up: it ends as soon as nothing of it is left."""
+        self._cancelled = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._kill()
+
+    def hold(self, holder: str, on: bool) -> None:
+        """Stop or resume reading what the builder writes; each HOLDER counts once."""
+        if self._killed:
+            return
+        before = bool(self._holders)
+        (self._holders.add if on else self._holders.discard)(holder)
+        after = bool(self._holders)
+        if before != after and self._transport is not None:
+            (self._transport.pauseProducing if after else self._transport.resumeProducing)()
+            if self._watchdog is not None:
+                self._watchdog.hold(after)
+
+    def _kill(self) -> None:
+        """Kill the builder; what it wrote before is still read."""
+        transport = self._transport
+        if transport is None or self._killed:
+            return
+        self._killed = True
+        if self._holders:
+            transport.resumeProducing()
+        try:
+            transport.signalProcess("KILL")
+        except ProcessExitedAlready:
+            pass
+        if not self._contained:
+            # Processes that left the builder's group may keep the log open.
+            if self._user is not None:
+                self._shop.launcher.kill_user(self._user.uid).addErrback(
+                    lambda failure: _log.failure("cannot kill a build user's processes", failure)
+                )
+            else:
+                transport.loseConnection()
+
+    async def _wait(self, waiting: Deferred[_T]) -> _T:
+        """Wait for something that may be given up in the middle."""
+        self._check()
+        self._waiting = waiting
+        try:
+            return await waiting
+        finally:
+            self._waiting = None
+
+    def _check(self) -> None:
+        if self._cancelled:
+            raise CancelledError
+
+    # --- the build ---------------------------------------------------------------
+
+    async def run(self) -> Result:
+        """Build; afterwards no process, mount or directory of the build is left.
+
+        :raises CancelledError: it was given up.
+        """
+        try:
+            result = await self._with_user()
+        except CancelledError:
+            raise
+        except (BuildFailure, GuixdError, OSError) as error:
+            result = result_of(error)
+        self._report(result)
+        return result
+
+    def _report(self, result: Result) -> None:
+        say = self._broadcast
+        if result.status is Status.BUILT:
+            say.trace(BuildSucceeded(self._path).line)
+        elif not result.status.succeeded:
+            say.log(Level.ERROR, result.text)
+            if result.status is Status.TIMED_OUT:
+                say.trace(BuildTimedOut(self._path).line)
+            elif not result.general:
+                code = 0 if result.status is Status.INPUT_REJECTED else 1
+                say.trace(BuildFailed(self._path, code, result.text).line)
+
+    async def _with_user(self) -> Result:
+        users = self._shop.users
+        if users is None:
+            return await self._with_locks()
+        user = self._user = await self._wait(users.acquire())
+        try:
+            return await self._with_locks()
+        finally:
+            users.release(user)
+
+    async def _with_locks(self) -> Result:
+        locks = await self._lock()
+        built = False
+        try:
+            store = self._shop.store
+            self._missing = {
+                name: output
+                for name, output in self._drv.outputs.items()
+                if not store.database.is_valid(output.path)
+            }
+            if not self._missing:
+                built = True
+                return Result(Status.ALREADY_VALID)
+            result = await self._build()
+            built = result.status.succeeded
+            return result
+        finally:
+            locks.release(delete=built)
+
+    async def _lock(self) -> PathLocks:
+        """Take the lock files of all outputs; another process may have them for long."""
+        told = False
+        while True:
+            self._check()
+            locks = PathLocks.acquire(self._drv.output_paths)
+            if locks is not None:
+                return locks
+            if not told:
+                told = True
+                self._broadcast.log(
+                    Level.ERROR, f"waiting for locks on the outputs of `{self._path}'"
+                )
+            await self._pause(LOCK_RETRY)
+
+    async def _pause(self, seconds: float) -> None:
+        pause: Deferred[None] = Deferred(lambda _: timer.cancel())
+        timer = self._shop.reactor.callLater(seconds, pause.callback, None)
+        await self._wait(pause)
+
+    async def _build(self) -> Result:
+        """Build what is missing, in a workspace that is gone afterwards."""
+        shop, user = self._shop, self._user
+        self._broadcast.log(Level.INFO, f"building path(s) {self._names()}")
+        if is_builtin(self._drv):
+            refuse_builtin(self._drv)
+        inputs = self._inputs()
+        graphs = self._graphs()
+        killing = shop.launcher.kill_user(user.uid) if user is not None else None
+        try:
+            workspace = await shop.threads(self._prepare, graphs)
+        finally:
+            if killing is not None:
+                await killing
+        keep = False
+        try:
+            self._check()
+            reason = await self._run_builder(self._spec(workspace, inputs))
+            await self._harvest(workspace, inputs, reason)
+            return Result(Status.BUILT)
+        except (BuildFailure, GuixdError, OSError):
+            keep = self._options.keep_failed
+            raise
+        finally:
+            if self._broadcast.log_file is not None:
+                await self._broadcast.log_file.close()
+            kept = await shop.threads(self._clean, workspace, keep)
+            if kept is not None:
+                self._broadcast.log(Level.ERROR, f"keeping build directory `{kept.path}'")
+                if kept.problem:
+                    self._broadcast.log(Level.ERROR, kept.problem)
+
+    def _names(self) -> str:
+        return ", ".join(f"`{output.path}'" for _, output in sorted(self._missing.items()))
+
+    def _inputs(self) -> frozenset[StorePath]:
+        """Return the closure of all that the builder may use."""
+        roots = set(self._drv.sources)
+        for path, names in self._drv.inputs.items():
+            outputs = self._shop.store.read_derivation(path).outputs
+            roots.update(outputs[name].path for name in names)
+        return frozenset(self._shop.store.database.closure(roots))
+
+    def _graphs(self) -> dict[str, str]:
+        store = self._shop.store
+        database = store.database
+        return export_graphs(
+            self._drv,
+            store.directory,
+            database.is_valid,
+            lambda path: database.path_info(path).references,
+            database.closure,
+            store.read_derivation,
+        )
+
+    def _prepare(self, graphs: dict[str, str]) -> Workspace:
+        """Make the directories and the log; blocks."""
+        for output in self._missing.values():
+            remove(None, output.path)
+        workspace = Workspace.create(
+            self._path,
+            temporary=self._shop.settings.directories.temporary,
+            use_chroot=self._contained,
+            user=self._user,
+            files={name: text.encode() for name, text in graphs.items()},
+        )
+        log = self._broadcast.log_file
+        if log is not None:
+            try:
+                log.open()
+            except OSError:
+                _log.failure("cannot keep the log {path}", path=log.path)
+        return workspace
+
+    def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
+        """Remove all that is left of the build, but for a tree that is to be kept; blocks."""
+        try:
+            if keep:
+                return workspace.keep(self._options.client_uid, self._options.client_gid)
+            workspace.remove()
+            return None
+        finally:
+            remove(None, self._private)
+
+    def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
+        if self._contained and self._drv.has_fixed_outputs:
+            self._broadcast.log(Level.ERROR, container.NO_NETWORK)
+        return container.plan(
+            self._drv,
+            self._path,
+            inputs,
+            build_directory=workspace.build_directory,
+            root=workspace.root,
+            user=self._user,
+            settings=self._shop.settings,
+            cores=self._options.cores,
+            host=self._shop.host,
+        )
+
+    # --- after the builder's end ------------------------------------------------------
+
+    async def _harvest(
+        self, workspace: Workspace, inputs: frozenset[StorePath], reason: Failure
+    ) -> None:
+        """Make the outputs valid.
+
+        :raises BuildFailure: the builder failed, or its outputs are not as they should be.
+        """
+        shop, store = self._shop, self._shop.store
+        contained = self._contained
+        harvest = Harvest(
+            drv=self._drv,
+            store=store.directory.path,
+            private=self._private,
+            open_source=lambda: workspace.open_store(store.directory.path),
+            fresh=not contained or self._drv.has_fixed_outputs,
+            owner=self._user.uid if self._user is not None else None,
+            wanted=self._missing,
+            candidates=inputs | set(self._drv.output_paths),
+        )
+        if isinstance(reason.value, ProcessTerminated):
+            if contained:
+                await shop.threads(harvest.salvage)
+            raise self._builder_failed(reason.value)
+        try:
+            made = await shop.threads(harvest.collect)
+        except BuildFailure:
+            for line in harvest.mismatches:
+                self._broadcast.trace(line)
+            raise
+        references = {output.path: output.references for output in made}
+        check_references(self._drv, store.directory, references, store.database.closure)
+        await shop.threads(harvest.publish, made)
+        try:
+            await self._register(made)
+        except BaseException:
+            await shop.threads(_remove_all, [output.path for output in made])
+            raise
+
+    async def _register(self, made: tuple[Made, ...]) -> None:
+        items = [
+            Registration(
+                output.path, output.nar_hash, output.nar_size, output.references, self._path
+            )
+            for output in made
+        ]
+        while True:
+            try:
+                self._shop.store.register(items)
+            except Busy:  # another process writes at this moment
+                await self._pause(BUSY_RETRY)
+            except ReferencesCycle as error:
+                raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
+            else:
+                return
+
+    def _builder_failed(self, reason: ProcessTerminated) -> BuildFailure:
+        if reason.signal is not None:
+            name = signal.strsignal(reason.signal) or "unknown"
+            end = f"failed due to signal {reason.signal} ({name})"
+        else:
+            end = f"failed with exit code {reason.exitCode}"
+        directories = self._shop.settings.directories
+        full = any(_disk_is_full(path) for path in (directories.store, directories.temporary))
+        if full:
+            self._broadcast.log(
+                Level.ERROR, "the disk is nearly full, which may be why the build failed"
+            )
+        transient = full or self._drv.has_fixed_outputs
+        return BuildFailure(
+            Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
+            f"builder for `{self._path}' {end}",
+        )
+
+    # --- while the builder runs -----------------------------------------------------
+
+    async def _run_builder(self, spec: SandboxSpec) -> Failure:
+        """Run the builder to its end; return how it ended.
+
+        :raises BuildFailure: a limit was broken (timed out).
+        """
+        shop, options = self._shop, self._options
+        protocol = _Builder(self._output)
+        self._transport = await self._wait(shop.launcher.spawn(protocol, spec))
+        try:
+            self._broadcast.begin(self._transport.pid)
+            log = self._broadcast.log_file
+            self._broadcast.trace(
+                BuildStarted(
+                    self._path,
+                    self._drv.platform,
+                    log.path if log is not None else "",
+                    self._transport.pid,
+                ).line
+            )
+            self._watchdog = Watchdog(
+                shop.reactor,
+                self._expire,
+                silence=options.max_silent_time,
+                total=options.timeout,
+                size=options.max_log_size,
+            )
+            if self._holders:
+                self._transport.pauseProducing()
+                self._watchdog.hold(True)
+            if self._cancelled:
+                self._kill()
+            (reason,) = await protocol.ended
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
+            self._transport = None
+            if self._user is not None and not self._contained:
+                await shop.launcher.kill_user(self._user.uid)
+        self._check()
+        if self._expired is not None:
+            raise BuildFailure(Status.TIMED_OUT, f"build of `{self._path}' {self._expired}")
+        return reason
+
+    def _output(self, data: bytes) -> None:
+        if self._watchdog is not None:
+            self._watchdog.heard(len(data))
+        self._broadcast.output(data)
+
+    def _expire(self, reason: str) -> None:
+        self._expired = reason
+        self._kill()
+
+
+def _disk_is_full(path: str) -> bool:
+    free = os.statvfs(path)
+    return free.f_bavail * free.f_frsize < DISK_FULL
+
+
+def _remove_all(paths: Iterable[StorePath]) -> None:
+    for path in paths:
+        remove(None, path)

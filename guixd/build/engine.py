@@ -1,0 +1,173 @@
+"""The builder of derivations for all clients (spec: build §1 to §4)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from guixd.build.attempt import Launcher, Workshop
+from guixd.build.broadcast import Observer
+from guixd.build.claims import Claims
+from guixd.build.container import Host
+from guixd.build.goals import RequestRun
+from guixd.build.launcher import ZygoteLauncher
+from guixd.build.plan import Goal, Planner
+from guixd.build.request import BuildMode, BuildRequest
+from guixd.build.scheduler import Scheduler, Share
+from guixd.build.shared import Attachment, SharedBuild
+from guixd.build.threads import Threads
+from guixd.build.users import BuildUserPool, pool_of
+from guixd.errors import BuildError, PathNotValid
+from guixd.formats.path import StorePath
+from guixd.interfaces import IBuilder
+from guixd.settings import Settings
+from guixd.store.local import LocalStore
+
+
+@implementer(IBuilder)
+class Engine:
+    """Builds for every client of one store, sharing what several of them want.
+
+    :param threads: where blocking steps run, see `threads.pool_threads`.
+    :param launcher: an `interfaces.ILauncher`.
+    :param users: who builders run as; by default what SETTINGS say.
+    """
+
+    def __init__(
+        self,
+        reactor: IReactorTime,
+        settings: Settings,
+        store: LocalStore,
+        launcher: Launcher,
+        threads: Threads,
+        users: BuildUserPool | None = None,
+    ) -> None:
+        self._users = users or pool_of(settings, reactor)
+        self._workshop = Workshop(
+            reactor, threads, settings, store, launcher, self._users, Host.current()
+        )
+        self._scheduler = Scheduler(self._limit)
+        self._claims = Claims()
+        self._builds: dict[StorePath, SharedBuild] = {}
+        self._ending: set[SharedBuild] = set()
+        self._requests: set[Deferred[None]] = set()
+
+    def _limit(self) -> int | None:
+        return self._users.size if self._users is not None else None
+
+    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
+        """Make what REQUEST wants valid, telling OBSERVER.
+
+        Items that are no derivations and not valid are passed over.
+
+        :return: a Deferred that fails with `BuildError`, or another `GuixdError`;
+            cancelling it takes the client's interest away.
+        """
+        return self._track(Deferred.fromCoroutine(self._build(request, observer)))
+
+    async def _build(self, request: BuildRequest, observer: Observer) -> None:
+        shop = self._workshop
+        if request.mode is not BuildMode.NORMAL:
+            raise BuildError(f"build mode {request.mode.name.lower()} is not supported yet")
+        if request.options.rounds > 1:
+            raise BuildError("building several rounds is not supported yet")
+        own = shop.store.temp_roots() if request.roots is None else None
+        roots: Any = request.roots or own
+        try:
+            planner = Planner(shop.reactor, shop.threads, shop.store, roots)
+            share = self._scheduler.share(request.options.max_jobs)
+            await RequestRun(self, planner, request, observer, share).run()
+        finally:
+            if own is not None:
+                own.close()
+
+    def ensure_path(
+        self, path: StorePath, request: BuildRequest, observer: Observer
+    ) -> Deferred[None]:
+        """Make PATH valid by substitution.
+
+        :return: a Deferred that fails with `PathNotValid` if nothing provides it.
+        """
+        outcome: Deferred[None] = Deferred()
+        if self._workshop.store.database.is_valid(path):
+            outcome.callback(None)
+        else:
+            outcome.errback(PathNotValid(f"path `{path}' is not valid and cannot be substituted"))
+        return outcome
+
+    def _track(self, running: Deferred[None]) -> Deferred[None]:
+        self._requests.add(running)
+
+        def done(result: Failure | None) -> Failure | None:
+            self._requests.discard(running)
+            return result
+
+        return running.addBoth(done)
+
+    # --- shared builds ------------------------------------------------------------
+
+    def attach(
+        self, goal: Goal, request: RequestRun, observer: Observer, share: Share
+    ) -> tuple[SharedBuild, Attachment]:
+        """Let REQUEST take part in the build of GOAL, which begins now if it does not run."""
+        build = self._builds.get(goal.path)
+        if build is not None and not build.abandoned:
+            return build, build.attach(observer, share, request.changed)
+        assert goal.drv is not None
+        build = SharedBuild(
+            self._workshop,
+            self._scheduler,
+            self._claims,
+            goal.path,
+            goal.drv,
+            request.request.options,
+        )
+        self._builds[goal.path] = build
+        self._ending.add(build)
+        attachment = build.attach(observer, share, request.changed)
+        build.ended.addCallback(self._forget, build)
+        build.start()
+        return build, attachment
+
+    def _forget(self, _: None, build: SharedBuild) -> None:
+        self._ending.discard(build)
+        if self._builds.get(build.path) is build:
+            del self._builds[build.path]
+
+    def stop(self) -> Deferred[None]:
+        """Give all builds up; the Deferred fires when nothing of them is left."""
+        for running in list(self._requests):
+            running.cancel()
+        if self._users is not None:
+            self._users.stop()
+        # Not the Deferreds themselves: others wait on them, too.
+        return DeferredList([self._when_ended(build) for build in self._ending]).addCallback(
+            lambda _: None
+        )
+
+    @staticmethod
+    def _when_ended(build: SharedBuild) -> Deferred[None]:
+        waiter: Deferred[None] = Deferred()
+        build.ended.addCallback(lambda _: waiter.callback(None))
+        return waiter
+
+
+class Site(Protocol):
+    """What a daemon provides to the builder."""
+
+    @property
+    def reactor(self) -> Any: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def threads(self) -> Threads: ...
+
+
+def make_builder(site: Site, store: LocalStore) -> Engine:
+    """Return the builder of a daemon, which starts builders through a zygote."""
+    launcher = ZygoteLauncher(site.reactor)
+    return Engine(site.reactor, site.settings, store, launcher, site.threads)

@@ -1,0 +1,169 @@
+"""Carrying out one request: its goals in order, and the error that ends it (build.md §2, §3)."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from twisted.internet.defer import Deferred
+
+from guixd.build.broadcast import Observer
+from guixd.build.plan import Goal, Planner
+from guixd.build.request import BuildRequest, Level
+from guixd.build.results import Result, Status
+from guixd.build.scheduler import Share
+from guixd.build.shared import Attachment, SharedBuild
+from guixd.errors import BuildError
+from guixd.formats.path import StorePath
+
+NO_SLOTS = "unable to start any build: `--max-jobs' is 0 and none can be offloaded"
+CIRCLE = "derivations depend on each other in a circle"
+
+
+class Builds(Protocol):
+    """Gives the running or a new build of a derivation; the engine."""
+
+    def attach(
+        self, goal: Goal, request: RequestRun, observer: Observer, share: Share
+    ) -> tuple[SharedBuild, Attachment]:
+        """Let REQUEST take part in the build of GOAL."""
+
+
+class RequestRun:
+    """One request while it is carried out."""
+
+    def __init__(
+        self,
+        builds: Builds,
+        planner: Planner,
+        request: BuildRequest,
+        observer: Observer,
+        share: Share,
+    ) -> None:
+        self.request = request
+        self._builds = builds
+        self._planner = planner
+        self._observer = observer
+        self._share = share
+        self._active: dict[StorePath, tuple[SharedBuild, Attachment]] = {}
+        self._events: deque[tuple[Goal, Result | None]] = deque()
+        self._working = False
+        self._left = 0
+        self._code = 1
+        self._failed: list[StorePath] = []
+        self._general = ""
+        self._done: Deferred[None] = Deferred()
+
+    async def run(self) -> None:
+        """Make all that is wanted valid.
+
+        :raises BuildError: a wanted derivation failed.
+        """
+        await self._planner.plan(self.request.wanted)
+        goals = self._planner.goals.values()
+        self._left = len(goals)
+        if not self._left:
+            return
+        self._events.extend(
+            (goal, None)
+            for goal in sorted(goals, key=lambda g: g.key)
+            if not goal.pending or (goal.failed and not self.request.options.keep_going)
+        )
+        try:
+            self._work()
+            await self._done
+        finally:
+            self._leave()
+
+    def changed(self) -> None:
+        """See whether anything can still go on."""
+        if (
+            not self._working
+            and not self._done.called
+            and all(build.stuck for build, _ in self._active.values())
+        ):
+            self._done.errback(BuildError(NO_SLOTS if self._active else CIRCLE))
+
+    def _leave(self) -> None:
+        self._events.clear()
+        active, self._active = self._active, {}
+        for build, attachment in active.values():
+            build.detach(attachment)
+
+    # --- events: goals that are ready (None) or have a result ----------------------
+
+    def _event(self, goal: Goal, result: Result | None) -> None:
+        self._events.append((goal, result))
+        self._work()
+
+    def _work(self) -> None:
+        """Treat the events there are, one after the other, new ones included."""
+        if self._working:
+            return
+        self._working = True
+        try:
+            while self._events and not self._done.called:
+                goal, result = self._events.popleft()
+                if result is None and not goal.started:
+                    goal.started = True
+                    self._start(goal)
+                elif result is not None:
+                    self._finished(goal, result)
+        finally:
+            self._working = False
+        self.changed()
+
+    def _start(self, goal: Goal) -> None:
+        """Begin with GOAL, whose inputs are all done, well or not."""
+        if goal.failed:
+            text = (
+                f"cannot build derivation `{goal.path}':"
+                f" {goal.failed} dependencies couldn't be built"
+            )
+            self._refuse(goal, Result(Status.DEPENDENCY_FAILED, text))
+        elif goal.drv is None or goal.error:
+            self._refuse(goal, Result(Status.MISC_FAILURE, goal.error, general=not goal.missing))
+        else:
+            build, attachment = self._builds.attach(goal, self, self._observer, self._share)
+            self._active[goal.path] = (build, attachment)
+            attachment.result.addCallback(lambda result: self._built(goal, result))
+
+    def _refuse(self, goal: Goal, result: Result) -> None:
+        self._observer.log(Level.ERROR, result.text)
+        self._events.append((goal, result))
+
+    def _built(self, goal: Goal, result: Result) -> None:
+        self._active.pop(goal.path, None)
+        self._event(goal, result)
+
+    def _finished(self, goal: Goal, result: Result) -> None:
+        self._left -= 1
+        keep_going = self.request.options.keep_going
+        if not result.status.succeeded:
+            self._code = max(self._code, result.status.code)
+            if result.general and not self._general:
+                self._general = result.text
+            if goal.top:
+                self._failed.append(goal.path)
+                if not keep_going:
+                    self._left = 0
+        for dependent in goal.dependents:
+            dependent.pending -= 1
+            if not result.status.succeeded:
+                dependent.failed += 1
+            # Without keep-going, it does not wait for its other inputs any more.
+            if not dependent.pending or (dependent.failed and not keep_going):
+                self._events.append((dependent, None))
+        if not self._left:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._failed:
+            self._done.callback(None)
+            return
+        if self._general and not self.request.options.keep_going:
+            text = self._general
+        else:
+            names = ", ".join(f"`{path}'" for path in sorted(self._failed))
+            text = f"build of {names} failed"
+        self._done.errback(BuildError(text, self._code))

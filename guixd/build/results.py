@@ -1,0 +1,67 @@
+"""How a build ended (build.md §2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from guixd.errors import GuixdError
+
+
+class Status(Enum):
+    """The ways a build ends."""
+
+    BUILT = "built"
+    ALREADY_VALID = "already-valid"
+    PERMANENT_FAILURE = "permanent-failure"
+    INPUT_REJECTED = "input-rejected"
+    CACHED_FAILURE = "cached-failure"
+    OUTPUT_REJECTED = "output-rejected"
+    TRANSIENT_FAILURE = "transient-failure"
+    TIMED_OUT = "timed-out"
+    MISC_FAILURE = "misc-failure"
+    DEPENDENCY_FAILED = "dependency-failed"
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the outputs are valid."""
+        return self in (Status.BUILT, Status.ALREADY_VALID)
+
+    @property
+    def code(self) -> int:
+        """The status integer of a request in which this is the worst."""
+        if self is Status.TIMED_OUT:
+            return 101
+        if self in (Status.PERMANENT_FAILURE, Status.INPUT_REJECTED, Status.CACHED_FAILURE):
+            return 100
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end of one build.
+
+    :ivar text: what went wrong; empty after success.
+    :ivar general: whether the daemon or the machine is to blame, not the
+        derivation; the request's error then carries `text` itself.
+    """
+
+    status: Status
+    text: str = ""
+    general: bool = False
+
+
+def result_of(error: BaseException) -> Result:
+    """Return the result of a build that ERROR ended."""
+    if isinstance(error, BuildFailure):
+        return error.result
+    text = error.text if isinstance(error, GuixdError) else str(error) or repr(error)
+    return Result(Status.MISC_FAILURE, text, general=True)
+
+
+class BuildFailure(Exception):
+    """Ends an attempt with a `Result`; internal to this layer."""
+
+    def __init__(self, status: Status, text: str, *, general: bool = False) -> None:
+        super().__init__(text)
+        self.result = Result(status, text, general)

@@ -1,0 +1,188 @@
+"""One derivation being built, for all clients that want it (build.md §4).
+
+It waits for its outputs and a slot, runs an attempt, and tells everybody the
+result.  The options of the client that came first count.  When the last client
+leaves, the build is given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from guixd.build.attempt import Attempt, Workshop
+from guixd.build.broadcast import Broadcast, Follower, Observer
+from guixd.build.claims import Claims
+from guixd.build.container import is_native
+from guixd.build.request import ClientOptions, Level
+from guixd.build.results import Result, Status, result_of
+from guixd.build.scheduler import Scheduler, Share, Slot
+from guixd.formats.derivation import Derivation
+from guixd.formats.path import StorePath
+
+_log = Logger()
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """A client's part in a shared build.
+
+    :ivar result: fires with the `Result` after all of the log was passed on.
+    """
+
+    follower: Follower
+    share: Share
+    changed: Callable[[], None]
+    result: Deferred[Result] = field(default_factory=Deferred)
+    ticket: Deferred[Slot] | None = None
+
+
+class SharedBuild:
+    """The build of one derivation.
+
+    :ivar ended: fires with None when nothing of it is left.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        scheduler: Scheduler,
+        claims: Claims,
+        path: StorePath,
+        drv: Derivation,
+        options: ClientOptions,
+    ) -> None:
+        self.path = path
+        self.drv = drv
+        self.local = drv.environment.get("preferLocalBuild") == "1" and is_native(
+            drv.platform, workshop.settings
+        )
+        self.abandoned = False
+        self.ended: Deferred[None] = Deferred()
+        self._workshop = workshop
+        self._scheduler = scheduler
+        self._claims = claims
+        self._attachments: list[Attachment] = []
+        self._result: Result | None = None
+        self._broadcast = Broadcast(workshop.threads, self._hold)
+        self._attempt = Attempt(workshop, path, drv, options, self._broadcast)
+        self._waiting: Deferred[None] | None = None
+        self._slot: Deferred[Slot] | None = None
+        self._started = False
+
+    def start(self) -> None:
+        """Begin; to be called once, after the first `attach`."""
+        Deferred.fromCoroutine(self._run()).addBoth(self._finish)
+
+    # --- clients --------------------------------------------------------------
+
+    def attach(self, observer: Observer, share: Share, changed: Callable[[], None]) -> Attachment:
+        """Let a client take part from now on; it is told all that went before.
+
+        :param share: a slot of which the build may use.
+        :param changed: called when `stuck` may have changed.
+        """
+        attachment = Attachment(self._broadcast.follow(observer), share, changed)
+        attachment.follower.done.addCallback(lambda _: self._deliver(attachment))
+        self._attachments.append(attachment)
+        if self._slot is not None:
+            self._queue(attachment)
+        return attachment
+
+    def detach(self, attachment: Attachment) -> None:
+        """Let a client go; without clients the build is given up."""
+        if attachment not in self._attachments:
+            return
+        self._attachments.remove(attachment)
+        attachment.follower.leave()
+        if attachment.ticket is not None:
+            attachment.ticket.cancel()
+        if not self._attachments and self._result is None:
+            self.abandoned = True
+            if self._waiting is not None:
+                self._waiting.cancel()
+            if self._slot is not None:
+                self._slot.cancel()
+            self._attempt.cancel()
+        for other in list(self._attachments):
+            other.changed()
+
+    def _deliver(self, attachment: Attachment) -> None:
+        if attachment in self._attachments and self._result is not None:
+            self._attachments.remove(attachment)
+            attachment.result.callback(self._result)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it waits for a slot that none of its clients can ever get."""
+        return self._slot is not None and not any(
+            attachment.share.may_start(self.local) for attachment in self._attachments
+        )
+
+    def _hold(self, on: bool) -> None:
+        self._attempt.hold("clients", on)
+
+    # --- its life -----------------------------------------------------------------
+
+    async def _run(self) -> Result:
+        claimed: list[StorePath] = []
+        try:
+            for path in sorted(set(self.drv.output_paths)):
+                self._waiting = self._claims.claim(path)
+                if self._waiting is not None:
+                    await self._waiting
+                    self._waiting = None
+                claimed.append(path)
+            if self._workshop.all_valid(self.drv):
+                return Result(Status.ALREADY_VALID)
+            slot = await self._wait_for_slot()
+            try:
+                return await self._attempt.run()
+            finally:
+                self._scheduler.release(slot)
+        finally:
+            self._claims.free(claimed)
+
+    def _wait_for_slot(self) -> Deferred[Slot]:
+        wait: Deferred[Slot] = Deferred()
+        self._slot = wait
+        for attachment in self._attachments:
+            self._queue(attachment)
+        for attachment in list(self._attachments):
+            attachment.changed()
+        return wait
+
+    def _queue(self, attachment: Attachment) -> None:
+        if self._slot is None:
+            return
+        key = (self.path.name, self.path)
+        ticket = attachment.ticket = attachment.share.acquire(key, self.local)
+        ticket.addCallbacks(self._granted, lambda failure: failure.trap(CancelledError) and None)
+
+    def _granted(self, slot: Slot) -> None:
+        wait, self._slot = self._slot, None
+        if wait is None:
+            self._scheduler.release(slot)
+            return
+        for attachment in self._attachments:
+            ticket, attachment.ticket = attachment.ticket, None
+            if ticket is not None and not ticket.called:
+                ticket.cancel()
+        wait.callback(slot)
+
+    def _finish(self, outcome: Result | Failure) -> None:
+        if isinstance(outcome, Result):
+            self._result = outcome
+        elif self.abandoned:
+            self._result = Result(Status.MISC_FAILURE, "given up")
+        else:
+            self._result = result_of(outcome.value or RuntimeError())
+            self._broadcast.log(Level.ERROR, self._result.text)
+            _log.failure("the build of {path} went wrong", outcome, path=self.path)
+        self._slot = None
+        self.ended.callback(None)
+        self._broadcast.finish()
