@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import time
-from pathlib import Path
 
 from daemon import CHECKOUT, Daemon, Place, demo_place
 from hosttools import collect
@@ -23,17 +22,22 @@ from twisted.internet.endpoints import UNIXClientEndpoint
 
 from guixd.client import Client, connect
 from guixd.errors import GuixdError
+from guixd.formats.operations import SetOptions
 from guixd.formats.path import StoreDirectory, StorePath
-from guixd.store.trees import dump
 
+OPTIONS = SetOptions(
+    keep_failed=False,
+    keep_going=False,
+    try_fallback=False,
+    verbosity=0,
+    use_offload=False,
+    build_verbosity=0,
+    log_type=1,
+    print_build_trace=True,
+    use_substitutes=False,
+    pairs=(("build-max-jobs", "2"), ("multiplexed-build-output", "true")),
+)
 SOURCE = CHECKOUT / "examples" / "hello-src"
-
-
-async def add_tree(client: Client, name: str, directory: Path) -> StorePath:
-    """Add a directory of the host to the store."""
-    pieces: list[bytes] = []
-    dump(str(directory), lambda piece: pieces.append(bytes(piece)))
-    return await client.add_to_store(name, pieces)
 
 
 async def fill(client: Client, place: Place) -> Cookbook:
@@ -41,24 +45,24 @@ async def fill(client: Client, place: Place) -> Cookbook:
     host = place.directory / "host-tools"
     shutil.rmtree(host, ignore_errors=True)
     collect(host)
-    tools = await add_tree(client, "host-tools", host)
+    tools = await client.add_tree("host-tools", str(host))
     say(f"  {tools}   the host's shell, loader and C library")
-    source = await add_tree(client, "hello-src", SOURCE)
+    source = await client.add_tree("hello-src", str(SOURCE))
     say(f"  {source}   from {SOURCE.relative_to(CHECKOUT)}/")
 
     cookbook = Cookbook(StoreDirectory(str(place.store)), tools)
 
     async def script(name: str) -> StorePath:
         file, text = cookbook.script(name)
-        return await client.add_text_to_store(file, text, [])
+        return await client.add_text(file, text)
 
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     greeting = cookbook.add("greeting", await script("greeting"), variables={"when": when})
     tool = cookbook.add("tool", await script("tool"), sources={"src": source})
     cookbook.add("hello", await script("hello"), inputs={"greeting": greeting, "tool": tool})
     for recipe in cookbook.recipes:
-        added = await client.add_text_to_store(
-            f"{recipe.name}.drv", recipe.text, sorted(recipe.derivation.references)
+        added = await client.add_text(
+            f"{recipe.name}.drv", recipe.text, recipe.derivation.references
         )
         if added != recipe.path:
             raise RuntimeError(f"the daemon calls {recipe.path} {added}")
@@ -75,7 +79,7 @@ async def show_result(client: Client, cookbook: Cookbook, log: BuildLog) -> None
             say(f"  {recipe.name:>8}  was in the store already")
 
     hello = cookbook.recipes[-1].output
-    info = await client.query_path_info(hello)
+    info = await client.path_info(hello)
     heading("The result")
     say(f"  {hello}   {info.nar_size} bytes")
     say(f"  sha256 {info.nar_hash}")
@@ -95,11 +99,15 @@ async def demo(reactor: object) -> None:
     try:
         await daemon.ready
         log = BuildLog()
-        client = await connect(UNIXClientEndpoint(reactor, str(place.socket)), log=log.message)
+        client = await connect(
+            UNIXClientEndpoint(reactor, str(place.socket)),
+            store=StoreDirectory(str(place.store)),
+            log=log.message,
+        )
         heading("Adding to the store")
         cookbook = await fill(client, place)
         heading("Building hello with two jobs")
-        await client.set_options(max_jobs=2, multiplexed=True)
+        await client.set_options(OPTIONS)
         await client.build_paths([cookbook.recipes[-1].path])
         await show_result(client, cookbook, log)
         await client.close()
