@@ -1,82 +1,82 @@
 """Requests that add to the store (spec: protocol §5, op 7 and 8; store §4, §5).
 
-The archive of op 7 follows the request.  A small one that has come whole is
-taken in at once.  Otherwise blocks go to a worker thread, which checks, hashes
-and writes them in one pass, and the client is held back while `MOST_WAITING`
-bytes wait for it, so that memory does not grow with the archive.
+The archive of op 7 follows the request.  A small one that comes in one piece is
+taken in at once.  Otherwise what comes goes to a worker thread, which checks,
+hashes and writes in one pass, and the client is held back while `MOST_WAITING`
+bytes wait for the thread, so that memory does not grow with the archive.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Coroutine
+from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from guixd.build.threads import Threads
+from guixd.errors import BadArchive, Busy
 from guixd.formats import operations as op
 from guixd.formats.path import StorePath
-from guixd.service.session import Handlers, Session
+from guixd.service.connection import Connection
+from guixd.service.session import Handlers, QuietError, Session
+from guixd.store.addition import Addition
 
-if TYPE_CHECKING:
-    from guixd.store.addition import Addition
-
-_log = Logger()
-
-INLINE = 64 * 1024
-"""Most bytes that are taken in by the reactor's thread."""
-MOST_WAITING = 2 * 1024 * 1024
+INLINE = 32 * 1024
+"""Most bytes of an archive that are taken in by the reactor's thread."""
+MOST_WAITING = 1024 * 1024
 
 
 class Intake:
-    """Feeds an `Addition` with what a connection receives."""
+    """Feeds an `Addition` with what a connection receives.
 
-    def __init__(self, session: Session, addition: Addition) -> None:
-        self._connection = session.connection
-        self._threads = session.daemon.threads
+    :ivar done: fires when the archive is whole; fails with `BadArchive`.
+    """
+
+    def __init__(self, connection: Connection, addition: Addition, threads: Threads) -> None:
+        self._connection = connection
         self._addition = addition
-        self._waiting: deque[bytes] = deque()
+        self._threads = threads
+        self._waiting: list[bytes] = []
         self._size = 0
-        self._feeding = False
+        self._begun = False
         self._paused = False
-        self._cancelled = False
-        self.done: Deferred[None] = Deferred(self._cancel)
-        """Fires when the archive is whole; fails with `BadArchive`."""
+        self._feeding = False
+        self._idle: Deferred[None] = Deferred()
+        self.done: Deferred[None] = Deferred(lambda _: self._waiting.clear())
 
     def received(self, data: bytes) -> None:
-        """Take DATA in, later if it is much."""
-        if not self._feeding and len(data) <= INLINE:
+        """Take DATA in, in a thread unless it may be all."""
+        if not self._begun and len(data) <= INLINE:
+            self._begun = True
             try:
-                used = self._addition.feed(data)
-            except Exception:
-                self._finish(Failure())
+                rest = self._feed([data])
+            except BadArchive:
+                self._failed(Failure())  # type: ignore[no-untyped-call]
             else:
-                if self._addition.complete:
-                    self._connection.give_back(memoryview(data)[used:])
-                    self._finish(None)
+                self._fed(rest)
             return
+        self._begun = True
         self._waiting.append(data)
         self._size += len(data)
-        if self._size >= MOST_WAITING and not self._paused:
+        if not self._feeding:
+            self._start()
+        elif self._size >= MOST_WAITING and not self._paused:
             self._paused = True
             self._connection.pause()
-        if not self._feeding:
-            self._feed()
 
-    def _feed(self) -> None:
+    def _start(self) -> None:
         """Give all that waits to a thread."""
-        blocks = list(self._waiting)
-        self._waiting.clear()
-        self._size = 0
+        blocks, self._waiting, self._size = self._waiting, [], 0
         self._feeding = True
-        self._threads(self._feed_blocks, blocks).addCallbacks(self._fed, self._failed)
+        self._threads(self._feed, blocks).addCallbacks(self._fed, self._failed)
         if self._paused:
             self._paused = False
             self._connection.resume()
 
-    def _feed_blocks(self, blocks: list[bytes]) -> bytes | None:
-        """Feed BLOCKS, in a thread; return what comes after the archive, if it is whole."""
+    def _feed(self, blocks: list[bytes]) -> bytes | None:
+        """Feed BLOCKS; if the archive ends there, return what follows it."""
         for index, block in enumerate(blocks):
             used = self._addition.feed(block)
             if self._addition.complete:
@@ -85,68 +85,91 @@ class Intake:
 
     def _fed(self, rest: bytes | None) -> None:
         self._feeding = False
-        if rest is not None and not self.done.called:
+        if self.done.called:
+            self._idle.callback(None)
+        elif rest is not None:
             self._connection.give_back(b"".join([rest, *self._waiting]))
-            self._finish(None)
-        elif self.done.called:
-            self._finish(None)
+            self.done.callback(None)
         elif self._waiting:
-            self._feed()
+            self._start()
 
     def _failed(self, failure: Failure) -> None:
         self._feeding = False
-        self._finish(failure)
-
-    def _finish(self, result: Failure | None) -> None:
-        self._waiting.clear()
-        if not self.done.called:
-            self.done.callback(result)
-        if self._idle is not None:
+        if self.done.called:
             self._idle.callback(None)
+        else:
+            self.done.errback(failure)
 
-    async def discard(self) -> None:
-        """Remove what was written, when no thread writes any more."""
+    async def idle(self) -> None:
+        """Wait until no thread writes any more; only when `done` has fired."""
         if self._feeding:
-            self._idle = Deferred()
             await self._idle
-        await self._threads(self._addition.discard)
 
 
 def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, Any, StorePath]:
     """Take in the archive that follows REQUEST."""
-    # The archive is still part of the arguments.
+    # It is still part of the arguments, so that nothing may be sent.
     session.log.working = False
-    addition = session.store.begin_addition(
-        request.name, request.algorithm, request.recursive, session.roots
-    )
-    intake = Intake(session, addition)
+    store = session.store
+    addition = store.begin_addition(request.name, request.algorithm, request.recursive)
+    intake = Intake(session.connection, addition, session.daemon.threads)
     session.connection.take_over(intake)
-    if intake.done.called:
-        try:
-            return _commit(session, addition)
-        except Busy:
-            pass
-    return _add_later(session, addition, intake)
+    if not addition.complete:
+        return _add_later(session, addition, intake)
+    try:
+        path = _commit(session, addition)
+    except Busy:
+        return _add_later(session, addition, intake)
+    except BaseException:
+        store.discard_addition(addition)
+        raise
+    if not _is_committed(addition):
+        store.discard_addition(addition)
+    return path
 
 
 async def _add_later(session: Session, addition: Addition, intake: Intake) -> StorePath:
+    committed = False
     try:
         await intake.done
-        return await session.when_free(lambda: _commit(session, addition))
+        path = await session.when_free(lambda: _commit(session, addition))
+        committed = _is_committed(addition)
+        return path
+    except BadArchive as error:
+        raise QuietError(error) from error
     finally:
-        pass
+        await intake.idle()
+        if not committed:
+            await session.daemon.threads(session.store.discard_addition, addition)
 
 
 def _commit(session: Session, addition: Addition) -> StorePath:
-    """Make a complete ADDITION valid."""
+    """Make the item of a complete ADDITION valid."""
     session.log.working = True
     return session.store.commit_addition(addition, session.roots)
+
+
+def _is_committed(addition: Addition) -> bool:
+    """Whether the files were used, right after a commit; else the item was there already."""
+    return not os.path.lexists(addition.staging)
 
 
 def add_text(
     session: Session, request: op.AddTextToStore
 ) -> StorePath | Coroutine[Any, Any, StorePath]:
     """Add a file whose contents and references the client names."""
+    store = session.store
+    if store.is_slow_text(request.name, request.text):
+        return _add_slow_text(session, request)
+    return store.add_text(request.name, request.text, request.references, session.roots)
+
+
+async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StorePath:
+    store = session.store
+    prepared = await session.daemon.threads(
+        store.prepare_text, request.name, request.text, request.references
+    )
+    return await session.when_free(lambda: store.commit_text(prepared, session.roots))
 
 
 HANDLERS: Handlers = {op.AddToStore: add, op.AddTextToStore: add_text}

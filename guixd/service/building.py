@@ -34,10 +34,11 @@ def build(session: Session, request: op.BuildPaths) -> Coroutine[Any, Any, None]
 
 async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> None:
     peer = session.peer
-    options = session.options.for_builds(peer and peer.uid, peer and peer.gid)
+    owner = (None, None) if peer is None else (peer.uid, peer.gid)
+    options = session.options.for_builds(*owner)
     directory = session.store.directory
     items = tuple(wanted(directory, item) for item in request.items)
-    await session.daemon.build(BuildRequest(items, mode, options), session)
+    await session.daemon.build(BuildRequest(items, mode, options, session.roots), session)
 
 
 def ensure(session: Session, request: op.EnsurePath) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-
 from guixd.build.request import Level
-from guixd.errors import BadSetting, UnsupportedOperation
+from guixd.errors import BadSetting, Busy, UnsupportedOperation
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
+from guixd.store.locks import FileLock
 
 
 def set_options(session: Session, request: op.SetOptions) -> None:
@@ -17,29 +15,34 @@ def set_options(session: Session, request: op.SetOptions) -> None:
     except BadSetting as error:
         raise QuietError(error) from error
     for name in users:
-        try:
-            uid = pwd.getpwnam(name).pw_uid
-        except (KeyError, ValueError, UnicodeError):
-            session.log.log(Level.INFO, f"user '{name}' is unknown here")
-        else:
-            session.store.ensure_user_directory(uid)
+        problem = session.store.ensure_user_directory(name)
+        if problem:
+            session.log.log(Level.INFO, problem)
 
 
-async def add_temp_root(session: Session, request: op.AddTempRoot) -> None:
-    await session.when_free(lambda: session.roots.add(request.path))
+def add_temp_root(session: Session, request: op.AddTempRoot) -> None:
+    session.roots.add(request.path)
 
 
 def add_indirect_root(session: Session, request: op.AddIndirectRoot) -> None:
-    path = "/" + os.path.normpath("/" + request.path).lstrip("/")
-    session.store.add_indirect_root(path)
+    session.store.add_indirect_root(request.path)
 
 
-async def sync_with_gc(session: Session, _request: op.SyncWithGC) -> None:
-    await session.daemon.threads(session.store.sync_with_gc)
+def sync_with_gc(session: Session, _request: op.SyncWithGC) -> None:
+    lock = FileLock(session.store.gc_lock_file)
+    try:
+        if not lock.acquire(exclusive=False):
+            raise Busy("a garbage collection is running")
+    finally:
+        lock.close()
 
 
 async def find_roots(session: Session, _request: op.FindRoots) -> tuple[tuple[str, str], ...]:
-    return await session.daemon.threads(session.store.find_roots)
+    lines: list[str] = []
+    roots = await session.daemon.threads(session.store.find_roots, lines.append)
+    for line in lines:
+        session.log.log(Level.INFO, line)
+    return roots
 
 
 def clear_failed_paths(session: Session, request: op.ClearFailedPaths) -> None:

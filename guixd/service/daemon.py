@@ -5,19 +5,21 @@ from __future__ import annotations
 import grp
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from guixd.build.request import BuildRequest, Level
+from guixd.build.request import BuildRequest
 from guixd.build.threads import Threads, pool_threads
-from guixd.errors import StoreError
+from guixd.errors import Busy, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StoreDirectory
 from guixd.service import adding, building, changes, queries
+from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
 from guixd.service.listener import Listener
 from guixd.service.listening import BoundSocket, open_all
@@ -30,6 +32,10 @@ from guixd.store.local import LocalStore
 _log = Logger()
 
 WORKER_THREADS = 4
+STORE_RETRY = 0.2
+"""Seconds until a store that another process has for itself is tried again."""
+USER_CHECK = 60.0
+"""Seconds until a user's profile directory is looked for again."""
 HANDLERS: Handlers = {
     **queries.HANDLERS,
     **adding.HANDLERS,
@@ -37,7 +43,7 @@ HANDLERS: Handlers = {
     **changes.HANDLERS,
 }
 
-BuilderFactory: TypeAlias = Callable[["Daemon", LocalStore], Any]
+BuilderFactory: TypeAlias = Callable[["Daemon", LocalStore], Builder]
 """Makes the `IBuilder` of a daemon, when the first build is asked for."""
 
 
@@ -55,17 +61,56 @@ class Daemon(Service):
         self.threads = threads
         self.uid = os.getuid()
         self._make_builder = builder
-        self._builder: Any = None
+        self._builder: Builder | None = None
         self._store: LocalStore | None = None
-        self._sessions: set[Session] = set()
+        self._reserving = True
+        self._users: dict[int, float] = {}
 
-    def open_store(self, reserve_space: bool) -> LocalStore:
-        """Return the store, opened if it is not yet.
+    def session(self, connection: Connection, greeting: Greeting) -> Session | Deferred[Session]:
+        """Begin the session of a client whose handshake has come.
+
+        :raises GuixdError: the store cannot be opened.
+        """
+        try:
+            return self._session(connection, greeting)
+        except Busy as busy:
+            connection.next(f"{busy.text}\n".encode())
+            return Deferred.fromCoroutine(self._session_later(connection, greeting))
+
+    async def _session_later(self, connection: Connection, greeting: Greeting) -> Session:
+        while True:
+            await deferLater(self.reactor, STORE_RETRY)
+            try:
+                return self._session(connection, greeting)
+            except Busy:
+                pass
+
+    def _session(self, connection: Connection, greeting: Greeting) -> Session:
+        try:
+            store = self._open_store(greeting.reserve_space)
+            session = Session(self, store, connection, HANDLERS)
+        except OSError as error:
+            raise presentable(error) from error
+        peer = connection.peer
+        if peer is None:
+            _log.info("accepted connection by TCP")
+            return session
+        _log.info("accepted connection: process {peer.pid}, user {peer.uid}", peer=peer)
+        now = self.reactor.seconds()
+        if self._users.get(peer.uid, now) <= now:
+            self._users[peer.uid] = now + USER_CHECK
+            problem = store.ensure_user_directory(peer.uid)
+            if problem:
+                connection.next(f"{problem}\n".encode("utf-8", "surrogateescape"))
+        return session
+
+    def _open_store(self, reserve_space: bool) -> LocalStore:
+        """Return the store, opened if it is not; a failure is not for ever.
 
         :param reserve_space: whether to keep the file that reserves disk space.
-        :raises StoreError: it cannot be opened; it is tried again at the next call.
         """
-        if self._store is None:
+        store = self._store
+        if store is None:
             settings = self.settings
             store = LocalStore(
                 settings.directories,
@@ -75,38 +120,16 @@ class Daemon(Service):
             )
             store.open()
             self._store = store
-        return self._store
-
-    def session(self, connection: Connection, greeting: Greeting) -> Session:
-        """Begin the session of a client whose handshake has come.
-
-        :raises GuixdError: the store cannot be opened.
-        """
-        peer = connection.peer
-        try:
-            session = Session(self, self.open_store(greeting.reserve_space), connection, HANDLERS)
-        except OSError as error:
-            raise presentable(error) from error
-        self._sessions.add(session)
-        if peer is None:
-            _log.info("accepted connection by TCP")
-        else:
-            _log.info("accepted connection: {peer.pid}, user {peer.uid}", peer=peer)
-            problem = session.store.ensure_user_directory(peer.uid)
-            if problem:
-                session.say(Level.INFO, problem)
-        return session
-
-    def left(self, session: Session) -> None:
-        """Forget SESSION."""
-        self._sessions.discard(session)
+        elif reserve_space is not self._reserving:
+            store.reserve_space(reserve_space)
+        self._reserving = reserve_space
+        return store
 
     def build(self, request: BuildRequest, session: Session) -> Deferred[None]:
         """Carry out REQUEST of SESSION."""
         if self._builder is None:
             self._builder = self._make_builder(self, session.store)
-        done: Deferred[None] = self._builder.build(request, session.log)
-        return done
+        return self._builder.build(request, session.log)
 
     async def _stop(self) -> None:
         builder, self._builder = self._builder, None
@@ -118,7 +141,7 @@ class Daemon(Service):
 
     def stopService(self) -> Deferred[None]:
         """End all builds, then close the store."""
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
 
 
@@ -151,11 +174,11 @@ class Workers(Service):
         self.threads = pool_threads(reactor, self._pool)
 
     def startService(self) -> None:
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         self._pool.start()
 
     def stopService(self) -> None:
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         self._pool.stop()
 
 
@@ -182,7 +205,7 @@ class Listeners(Service):
         settings = self._daemon.settings
         endpoints = settings.listen or (settings.directories.socket,)
         self._sockets = open_all(endpoints, self._environ)
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         store = StoreDirectory(settings.directories.store)
         for bound in self._sockets:
             listener = Listener(self._reactor, bound.socket, self._daemon.session, store=store)
@@ -201,7 +224,7 @@ class Listeners(Service):
 
     def stopService(self) -> Deferred[None]:
         """Stop listening and disconnect everybody, which cancels their work."""
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
 
 
@@ -216,7 +239,7 @@ class GuixdService(MultiService):
         reactor: Reactor,
         settings: Settings,
         *,
-        builder: BuilderFactory,
+        builder: BuilderFactory = SandboxBuilder,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         """Serve the store of SETTINGS.
@@ -235,14 +258,14 @@ class GuixdService(MultiService):
             ("listeners", self.listeners),
         ):
             part.setName(name)  # type: ignore[no-untyped-call]
-            part.setServiceParent(self)
+            part.setServiceParent(self)  # type: ignore[no-untyped-call]
 
     def startService(self) -> None:
         """Start.
 
         :raises GuixdError: an endpoint cannot be listened on.
         """
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         settings = self.settings
         absent = not_effective(settings)
         if absent:
@@ -257,5 +280,5 @@ class GuixdService(MultiService):
 
     def stopService(self) -> Deferred[None]:
         """Stop; the Deferred fires when no build, socket or thread is left."""
-        Service.stopService(self)
+        Service.stopService(self)  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())

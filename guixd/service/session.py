@@ -86,7 +86,7 @@ class Session:
             try:
                 result = handler(self, operation)
             except Busy:
-                result = self.when_free(lambda: handler(self, operation))
+                result = self._again(lambda: handler(self, operation))
         except Exception as error:
             self.log.finish()
             raise presentable(error) from error
@@ -103,6 +103,10 @@ class Session:
         finally:
             self.log.finish()
         return encode_reply(operation, result, self.connection.minor)
+
+    async def _again(self, step: Callable[[], Any]) -> Any:
+        result = await self.when_free(step)
+        return await result if type(result) is CoroutineType else result
 
     async def when_free(self, step: Callable[[], T]) -> T:
         """Return what STEP returns; try again while a foreign process is in its way.
@@ -131,4 +135,4 @@ class Session:
     def disconnected(self) -> None:
         """Give back what the session holds."""
         self.log.working = False
-        self.daemon.left(self)
+        self.roots.close()

@@ -16,7 +16,6 @@ from twisted.logger import (
     textFileLogObserver,
 )
 
-from guixd.build.engine import make_builder
 from guixd.errors import GuixdError
 from guixd.service.daemon import GuixdService
 from guixd.service.options import Options
@@ -37,7 +36,7 @@ def _make(settings: Settings) -> GuixdService:
     from twisted.internet import reactor
 
     sys.setswitchinterval(SWITCH_INTERVAL)
-    return GuixdService(reactor, settings, builder=make_builder)
+    return GuixdService(reactor, settings)
 
 
 def run(settings: Settings) -> int:

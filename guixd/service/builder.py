@@ -1,0 +1,48 @@
+"""What builds for the daemon: the engine and its launcher, made at the first need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet.defer import Deferred
+
+from guixd.build.broadcast import Observer
+from guixd.build.request import BuildRequest
+
+if TYPE_CHECKING:
+    from guixd.service.daemon import Daemon
+    from guixd.store.local import LocalStore
+
+
+class Builder(Protocol):
+    """`interfaces.IBuilder` for the type checker."""
+
+    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]: ...
+    def stop(self) -> Deferred[None]: ...
+
+
+class SandboxBuilder:
+    """Builds in containers on this machine."""
+
+    def __init__(self, daemon: Daemon, store: LocalStore) -> None:
+        # Not needed to answer the first greeting.
+        from guixd.build.engine import Engine
+        from guixd.build.launcher import ZygoteLauncher
+
+        reactor: Any = daemon.reactor
+        self._launcher = ZygoteLauncher(reactor)
+        self._engine = Engine(reactor, daemon.settings, store, self._launcher, daemon.threads)
+
+    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
+        """Carry out REQUEST for OBSERVER; see `IBuilder.build`."""
+        return self._engine.build(request, observer)
+
+    async def _stop(self) -> None:
+        try:
+            await self._engine.stop()
+        finally:
+            await self._launcher.stop()
+
+    def stop(self) -> Deferred[None]:
+        """End all builds; the Deferred fires when nothing of them is left."""
+        return Deferred.fromCoroutine(self._stop())

@@ -1,0 +1,207 @@
+"""For tests of programs that embed guixd: a daemon in a directory, and fakes of its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.interfaces import IProcessProtocol, IReactorTime, IReactorUNIX
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from guixd.build.broadcast import Observer
+from guixd.build.request import BuildRequest
+from guixd.client import Client, connect
+from guixd.formats.path import StoreDirectory
+from guixd.interfaces import IBuilder, ILauncher
+from guixd.sandbox.spec import SandboxSpec
+from guixd.service.builder import Builder, SandboxBuilder
+from guixd.service.daemon import BuilderFactory, GuixdService
+from guixd.settings import Directories, Settings
+
+
+def directories_below(directory: str) -> Directories:
+    """Return directories of a daemon that all lie in DIRECTORY, its socket included."""
+    temporary = directory + "/tmp"
+    os.makedirs(temporary, exist_ok=True)
+    return Directories(
+        store=directory + "/store",
+        state=directory + "/var",
+        log=directory + "/log",
+        database=directory + "/var/db",
+        configuration=directory + "/etc",
+        temporary=temporary,
+    )
+
+
+class TemporaryDaemon:
+    """A whole daemon whose files lie in one directory.
+
+    :ivar service: the daemon itself.
+    :ivar socket: the file name of its socket.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        directory: str,
+        *,
+        builder: BuilderFactory | Builder = SandboxBuilder,
+        **options: Any,
+    ) -> None:
+        """Prepare a daemon; `start` starts it.
+
+        :param directory: absolute, without symbolic links; made by the caller.
+        :param builder: what builds, or what makes it.
+        :param options: fields of `Settings`.
+        """
+        self._reactor = reactor
+        settings = Settings(directories=directories_below(directory), **options)
+        factory: Any = builder if callable(builder) else lambda _daemon, _store: builder
+        self.service = GuixdService(reactor, settings, builder=factory, environ={})
+        self.socket = settings.directories.socket
+
+    def start(self) -> TemporaryDaemon:
+        """Listen on the socket."""
+        self.service.startService()
+        return self
+
+    def stop(self) -> Deferred[None]:
+        """End everything; the directory stays."""
+        return self.service.stopService()
+
+    async def connect(self) -> Client:
+        """Return a new client; the caller closes it."""
+        from twisted.internet.endpoints import UNIXClientEndpoint
+
+        reactor: IReactorUNIX = self._reactor
+        store = StoreDirectory(self.service.settings.directories.store)
+        endpoint = UNIXClientEndpoint(reactor, self.socket)  # type: ignore[no-untyped-call]
+        return await connect(endpoint, store=store)
+
+
+@implementer(IBuilder)
+class FakeBuilder:
+    """Builds nothing, but records what it is asked for.
+
+    :ivar requests: each request with its observer and the Deferred that ends it.
+    :ivar cancelled: the requests that were given up.
+    """
+
+    def __init__(self, outcome: Callable[[BuildRequest], object] | None = None) -> None:
+        """Answer requests with OUTCOME, at once; without it they wait for the test."""
+        self._outcome = outcome
+        self.requests: list[tuple[BuildRequest, Observer, Deferred[None]]] = []
+        self.cancelled: list[BuildRequest] = []
+        self.stopped = False
+
+    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
+        """Record REQUEST; see `IBuilder.build`."""
+        done: Deferred[None] = Deferred(lambda _: self.cancelled.append(request))
+        self.requests.append((request, observer, done))
+        if self._outcome is not None:
+            try:
+                self._outcome(request)
+            except Exception:  # noqa: BLE001
+                done.errback(Failure())  # type: ignore[no-untyped-call]
+            else:
+                done.callback(None)
+        return done
+
+    def stop(self) -> Deferred[None]:
+        """Give all requests up."""
+        self.stopped = True
+        for _, _, done in self.requests:
+            if not done.called:
+                done.errback(CancelledError())
+        return succeed(None)
+
+
+class FakeProcess:
+    """The transport of a builder that does not exist.
+
+    :ivar spec: the container it would run in.
+    :ivar signals: what it was killed with.
+    """
+
+    def __init__(self, pid: int, protocol: IProcessProtocol, spec: SandboxSpec) -> None:
+        self.pid = pid
+        self.spec = spec
+        self.signals: list[str] = []
+        self._protocol = protocol
+        self._ended = False
+
+    def write_log(self, data: bytes) -> None:
+        """Let the builder write DATA."""
+        self._protocol.childDataReceived(1, data)
+
+    def exit(self, code: int = 0, signal: int | None = None) -> None:
+        """Let the builder end; nothing happens the second time."""
+        if self._ended:
+            return
+        self._ended = True
+        success = code == 0 and signal is None
+        error: Exception
+        if success:
+            error = ProcessDone(0)  # type: ignore[no-untyped-call]
+        else:
+            error = ProcessTerminated(code, signal)  # type: ignore[no-untyped-call]
+        self._protocol.processExited(Failure(error))  # type: ignore[no-untyped-call]
+        self._protocol.processEnded(Failure(error))  # type: ignore[no-untyped-call]
+
+    def signalProcess(self, signalID: str | int) -> None:
+        """Record the signal; SIGKILL ends the builder."""
+        self.signals.append(str(signalID))
+        if signalID in ("KILL", 9):
+            self.exit(signal=9)
+
+    def loseConnection(self) -> None:
+        """Do nothing."""
+
+    def pauseProducing(self) -> None:
+        """Do nothing."""
+
+    def resumeProducing(self) -> None:
+        """Do nothing."""
+
+
+@implementer(ILauncher)
+class FakeLauncher:
+    """Starts no processes.
+
+    :ivar processes: all that were asked for.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        run: Callable[[FakeProcess], None] = lambda process: process.exit(),
+    ) -> None:
+        """Call RUN in place of each builder; it may write outputs and must see to the end.
+
+        :param clock: calls it in the next turn.
+        """
+        self._clock = clock
+        self._run = run
+        self.processes: list[FakeProcess] = []
+
+    def spawn(self, protocol: Any, spec: Any) -> Deferred[FakeProcess]:
+        """Pretend to run the builder of SPEC; see `ILauncher.spawn`."""
+        process = FakeProcess(len(self.processes) + 100000, protocol, spec)
+        self.processes.append(process)
+        protocol.makeConnection(process)
+        self._clock.callLater(0, self._run, process)
+        return succeed(process)
+
+    def kill_user(self, uid: int) -> Deferred[None]:
+        """Do nothing."""
+        return succeed(None)
+
+    def stop(self) -> Deferred[None]:
+        """Kill all that still run."""
+        for process in self.processes:
+            process.exit(signal=9)
+        return succeed(None)
