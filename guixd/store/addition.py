@@ -40,6 +40,7 @@ class Addition:
         """
         self.staging = staging
         self.complete = False
+        self.moved = False
         self.nar_hash = b""
         self.nar_size = 0
         self._store = store
@@ -130,12 +131,13 @@ class Addition:
         return self._file.text
 
     def discard(self) -> None:
-        """Remove what was written, if it is still in the staging place.
+        """Remove what was written, unless it has `moved` from the staging place.
 
         :raises StoreError: that failed.
         """
         self._writer.close()
-        remove_path(self.staging)
+        if not self.moved:
+            remove_path(self.staging)
 
 
 class _SingleFile:
