@@ -8,7 +8,6 @@ bytes wait for the thread, so that memory does not grow with the archive.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Coroutine
 from typing import Any
 
@@ -123,24 +122,26 @@ def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, 
     except BaseException:
         store.discard_addition(addition)
         raise
-    if not _is_committed(addition):
+    if store.is_left(addition):
         store.discard_addition(addition)
     return path
 
 
 async def _add_later(session: Session, addition: Addition, intake: Intake) -> StorePath:
-    committed = False
+    store = session.store
+    left = True
     try:
         await intake.done
         path = await session.when_free(lambda: _commit(session, addition))
-        committed = _is_committed(addition)
+        # At once: the name of a used place is soon used again.
+        left = store.is_left(addition)
         return path
     except BadArchive as error:
         raise QuietError(error) from error
     finally:
         await intake.idle()
-        if not committed:
-            await session.daemon.threads(session.store.discard_addition, addition)
+        if left:
+            await session.daemon.threads(store.discard_addition, addition)
 
 
 def _commit(session: Session, addition: Addition) -> StorePath:
@@ -149,19 +150,12 @@ def _commit(session: Session, addition: Addition) -> StorePath:
     return session.store.commit_addition(addition, session.roots)
 
 
-def _is_committed(addition: Addition) -> bool:
-    """Whether the files were used, right after a commit; else the item was there already."""
-    return not os.path.lexists(addition.staging)
-
-
 def add_text(
     session: Session, request: op.AddTextToStore
 ) -> StorePath | Coroutine[Any, Any, StorePath]:
     """Add a file whose contents and references the client names."""
-    store = session.store
-    if store.is_slow_text(request.name, request.text):
-        return _add_slow_text(session, request)
-    return store.add_text(request.name, request.text, request.references, session.roots)
+    path = session.store.try_add_text(request.name, request.text, request.references, session.roots)
+    return _add_slow_text(session, request) if path is None else path
 
 
 async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StorePath:

@@ -93,9 +93,9 @@ class Daemon(Service):
             raise presentable(error) from error
         peer = connection.peer
         if peer is None:
-            _log.info("accepted connection by TCP")
+            _log.debug("accepted connection by TCP")
             return session
-        _log.info("accepted connection: process {peer.pid}, user {peer.uid}", peer=peer)
+        _log.debug("accepted connection: process {peer.pid}, user {peer.uid}", peer=peer)
         now = self.reactor.seconds()
         if self._users.get(peer.uid, now) <= now:
             self._users[peer.uid] = now + USER_CHECK
