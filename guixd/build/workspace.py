@@ -28,7 +28,7 @@ class Kept:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Workspace:
     """The directories of a build.
 
@@ -44,6 +44,7 @@ class Workspace:
     _outside_fd: int
     _build_fd: int
     _root_fd: int
+    _kept: bool = False
 
     @classmethod
     def create(
@@ -111,33 +112,31 @@ class Workspace:
             ) from error
 
     def remove(self) -> None:
-        """Delete all of it; what is gone already is no error.
+        """Delete all of it but what is kept; what is gone already is no error.
 
         :raises StoreError: something could not be deleted; the rest is.
         """
         self._close()
         try:
-            remove(None, self.outside)
+            if not self._kept:
+                remove(None, self.outside)
         finally:
             if self.chroot is not None:
                 remove(None, self.chroot)
 
     def keep(self, uid: int | None, gid: int | None) -> Kept:
-        """Hand the build tree over to a client for inspection, and delete the rest.
+        """Hand the build tree over to a client for inspection; `remove` will leave it.
 
         To be used when all processes of the build are dead.  Until modes and
         owner are final nobody else can enter the tree.
 
         :param uid: the client's; with 0 or `None` the tree stays the daemon's.
         """
+        self._kept = True
         try:
             return Kept(self.outside, self._hand_over(uid, gid) if uid else "")
         except (OSError, StoreError) as error:
             return Kept(self.outside, f"build tree '{self.outside}' stays closed: {error}")
-        finally:
-            self._close()
-            if self.chroot is not None:
-                remove(None, self.chroot)
 
     def _hand_over(self, uid: int, gid: int | None) -> str:
         problem = ""
@@ -160,7 +159,9 @@ class Workspace:
         return problem
 
     def _close(self) -> None:
-        for descriptor in (self._outside_fd, self._build_fd, self._root_fd):
+        opened = (self._outside_fd, self._build_fd, self._root_fd)
+        self._outside_fd = self._build_fd = self._root_fd = -1
+        for descriptor in opened:
             if descriptor >= 0:
                 os.close(descriptor)
 
