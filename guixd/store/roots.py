@@ -29,11 +29,18 @@ class TempRoots:
 
     :param file: its name, such as `STATE/temproots/PID-N`.
     :param gc_lock: the name of the collector's lock, `STATE/gc.lock`.
+    :param closed: is called with this object when it is closed.
     :ivar paths: all that was added.
     """
 
-    def __init__(self, file: str, gc_lock: str) -> None:
+    def __init__(
+        self,
+        file: str,
+        gc_lock: str,
+        closed: Callable[[TempRoots], object] = lambda _: None,
+    ) -> None:
         self.paths: set[StorePath] = set()
+        self._on_close = closed
         self._file = file
         self._gc_lock = gc_lock
         self._fd: int | None = None
@@ -113,6 +120,7 @@ class TempRoots:
                 pass
             os.close(self._fd)
             self._fd = None
+        self._on_close(self)
 
 
 def canonical(path: str) -> str:

@@ -1,0 +1,543 @@
+"""The store of this machine: its items, their files and what is known of them.
+
+One `LocalStore` owns all of it.  Its methods run in the reactor's thread, where they
+are short, except those that say otherwise.  What another process prevents for the
+moment raises `Busy`; the caller tries again a little later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import pwd
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
+from guixd.formats import derivation
+from guixd.formats.derivation import MAXIMUM_SIZE, Derivation, HashCache
+from guixd.formats.nar import file_size, nar_of_file
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.settings import Directories
+from guixd.store import layout, roots
+from guixd.store.addition import Addition
+from guixd.store.database import Database
+from guixd.store.items import Registration
+from guixd.store.locks import FileLock, PathLocks
+from guixd.store.queries import Queries
+from guixd.store.removal import remove_path
+from guixd.store.roots import TempRoots
+
+INLINE_TEXT = 256 << 10
+"""Up to this size in bytes a text is added in the reactor's thread."""
+_MOST_READS = 16
+_MOST_DERIVATIONS = 4096
+_MOST_HASHES = 1 << 16
+_numbers = itertools.count(1)
+_Read = Callable[[StorePath], Derivation]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedText:
+    """A text that can be added."""
+
+    path: StorePath
+    text: bytes
+    nar_hash: bytes
+    nar_size: int
+    references: frozenset[StorePath]
+    derivation: Derivation | None
+
+
+class LocalStore:
+    """The items below one store directory.
+
+    :param directories: where things lie.
+    :param build_gid: the group of build users, `None` without them.
+    :param reserve: whether to keep space for the database (spec: store §7.5).
+    :param ignore_symlinks: whether the store's name may lead through symbolic links.
+    :param clock: gives seconds since the epoch.
+    :ivar directory: the store directory as a value.
+    :ivar database: what is known of the items; from `open` to `close`.
+    """
+
+    database: Database
+
+    def __init__(
+        self,
+        directories: Directories,
+        *,
+        build_gid: int | None = None,
+        reserve: bool = True,
+        ignore_symlinks: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.directories = directories
+        self.directory = StoreDirectory(directories.store)
+        self.gc_lock_file = directories.state + "/gc.lock"
+        self._build_gid = build_gid
+        self._reserve = reserve
+        self._ignore_symlinks = ignore_symlinks
+        self._clock = clock
+        self._big_lock = FileLock(directories.database + "/big-lock")
+        self._sessions: set[TempRoots] = set()
+        self._own_roots: TempRoots | None = None
+        self._free_names: list[str] = []
+        self._staged: set[str] = set()
+        self._derivations: dict[StorePath, Derivation] = {}
+        self._hashes: dict[StorePath, bytes] = {}
+
+    def open(self) -> None:
+        """Make what is missing and open the database.
+
+        :raises Busy: another process has the store for itself.
+        :raises StoreError: the store cannot be used.
+        """
+        layout.prepare(
+            self.directories, build_gid=self._build_gid, ignore_symlinks=self._ignore_symlinks
+        )
+        self.reserve_space(self._reserve)
+        try:
+            if not self._big_lock.acquire(exclusive=False):
+                raise Busy("waiting for the big lock of the store, which another process has")
+            self.database = Database(self.directories.database, self.directory, clock=self._clock)
+        except BaseException:
+            self._big_lock.close()
+            raise
+        self._own_roots = self.temp_roots()
+
+    def close(self) -> None:
+        """Give everything back.  No thread may still use the store."""
+        for session in tuple(self._sessions):
+            session.close()
+        self.database.close()
+        self._big_lock.close()
+
+    def reserve_space(self, wanted: bool) -> None:
+        """Keep space for the database on a full disk, or free it."""
+        layout.reserve_space(self.directories.database, wanted)
+
+    # --- what is there ----------------------------------------------------------
+
+    def is_valid(self, path: str) -> bool:
+        """Whether PATH is a valid item."""
+        return self.database.is_valid(path)
+
+    def closure(self, paths: Iterable[StorePath]) -> set[StorePath]:
+        """Return PATHS and all that they refer to.
+
+        :raises PathNotValid: one of PATHS is not valid.
+        """
+        return self.database.closure(paths)
+
+    def read_derivation(self, path: StorePath) -> Derivation:
+        """Return the valid derivation PATH.
+
+        :raises PathNotValid: it is not valid.
+        :raises BadDerivation: it is no derivation.
+        :raises StoreError: it cannot be read.
+        """
+        if not self.database.is_valid(path):
+            raise PathNotValid(f"path '{path}' is not valid")
+        return self._read(path)
+
+    def _read(self, path: StorePath) -> Derivation:
+        drv = self._derivations.get(path)
+        if drv is None:
+            drv = derivation.parse(_contents(path), self.directory, path)
+            self._remember(path, drv)
+        return drv
+
+    def _remember(self, path: StorePath, drv: Derivation) -> None:
+        # The name of a derivation is a hash of its contents, so nothing gets stale.
+        if len(self._derivations) >= _MOST_DERIVATIONS:
+            self._derivations.clear()
+        self._derivations[path] = drv
+
+    def log_path(self, drv: StorePath, compression: str = "gzip") -> str:
+        """Return the name of the build log of DRV (spec: store §1)."""
+        suffix = {"gzip": ".gz", "bzip2": ".bz2"}.get(compression, "")
+        base = drv.base
+        return f"{self.directories.log}/drvs/{base[:2]}/{base[2:]}{suffix}"
+
+    # --- roots ------------------------------------------------------------------
+
+    def temp_roots(self) -> TempRoots:
+        """Return the temporary roots of a new session, which closes them."""
+        file = f"{self.directories.state}/temproots/{os.getpid()}-{next(_numbers)}"
+        session = TempRoots(file, self.gc_lock_file, self._sessions.discard)
+        self._sessions.add(session)
+        return session
+
+    new_roots = temp_roots
+
+    def protected(self, but: TempRoots | None = None) -> set[StorePath]:
+        """Return all temporary roots of this process, without those of the session BUT."""
+        return {path for session in self._sessions if session is not but for path in session.paths}
+
+    def add_indirect_root(self, path: str) -> None:
+        """Make a root of what the symbolic link PATH points to (op 12)."""
+        roots.add_indirect_root(self.directories.state, path)
+
+    def find_roots(
+        self, report: Callable[[str], None] = lambda line: None
+    ) -> tuple[tuple[str, StorePath], ...]:
+        """Return the permanent roots as pairs of link and item, sorted (op 14); for a thread.
+
+        :param report: gets lines for the user, in that thread.
+        """
+        queries = self.database.read_only_copy()
+        try:
+            found = roots.find_roots(
+                self.directories.state, self.directory, queries.is_valid, report
+            )
+        finally:
+            queries.close()
+        return tuple(found.items())
+
+    def sync_with_gc(self) -> None:
+        """Wait until no collection runs (op 13); for a thread."""
+        roots.sync_with_gc(self.gc_lock_file)
+
+    def ensure_user_directory(self, user: int | str) -> str | None:
+        """Make the profile directory of USER, a uid or a name (spec: store §14).
+
+        :return: why that was not possible, for the user; else `None`.
+        """
+        try:
+            entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
+        except (KeyError, ValueError):
+            return f"user {user} is unknown, so it gets no profile directory"
+        return layout.make_user_directory(self.directories.state, entry.pw_name, entry.pw_uid)
+
+    # --- adding -----------------------------------------------------------------
+
+    def add_text(
+        self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
+    ) -> StorePath:
+        """Add a file with the contents TEXT (op 8).
+
+        This takes as long as it takes; see `try_add_text`.
+
+        :param session: the temporary roots that protect the item.
+        :raises BadName: NAME has characters that are not allowed.
+        :raises BadDerivation: NAME ends in `.drv` and TEXT is not what that must be.
+        :raises BadHash: so does a fixed output's hash.
+        :raises PathNotValid: one of REFERENCES is not valid.
+        :raises Busy: another process is at the same item, or collects.
+        """
+        path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
+        session.add(path)
+        if self.database.is_valid(path):
+            return path
+        return self._commit_text(self._prepare_text(path, text, references, self._read_input))
+
+    def try_add_text(
+        self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
+    ) -> StorePath | None:
+        """Do what `add_text` does, unless it would keep the reactor for long.
+
+        :return: `None` for large texts and for derivations with many inputs that must
+            be read first; then `prepare_text` in a thread and `commit_text` do it.
+        """
+        if len(text) > INLINE_TEXT:
+            return None
+        path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
+        session.add(path)
+        if self.database.is_valid(path):
+            return path
+        read = _Sparingly(self._read_input)
+        try:
+            prepared = self._prepare_text(path, text, references, read)
+        except _TooMany:
+            return None
+        return self._commit_text(prepared)
+
+    def prepare_text(
+        self, name: str, text: bytes, references: Collection[StorePath]
+    ) -> PreparedText:
+        """Compute and check all that adding TEXT needs, but change nothing; for a thread.
+
+        What is raised is as in `add_text`.
+        """
+        path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
+        queries = self.database.read_only_copy()
+        try:
+            return self._prepare_text(
+                path, text, references, lambda wanted: self._read_input(wanted, queries)
+            )
+        finally:
+            queries.close()
+
+    def commit_text(self, prepared: PreparedText, session: TempRoots) -> StorePath:
+        """Add what `prepare_text` returned; what is raised is as in `add_text`."""
+        session.add(prepared.path)
+        if self.database.is_valid(prepared.path):
+            return prepared.path
+        return self._commit_text(prepared)
+
+    def _prepare_text(
+        self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
+    ) -> PreparedText:
+        drv = None
+        if path.is_derivation:
+            drv = derivation.parse(text, self.directory, path)
+            self._check(drv, path, references, read)
+        digest = hashlib.sha256(nar_of_file(text)).digest()
+        return PreparedText(path, text, digest, file_size(len(text)), frozenset(references), drv)
+
+    def _commit_text(self, prepared: PreparedText) -> StorePath:
+        path, drv = prepared.path, prepared.derivation
+        for reference in prepared.references:
+            if not self.database.is_valid(reference):
+                raise PathNotValid(f"path '{reference}' is not valid")
+        with self._creating(path) as valid:
+            if valid:
+                return path
+            _write_item(path, prepared.text)
+            try:
+                self.database.register(
+                    (
+                        Registration(
+                            path, prepared.nar_hash, prepared.nar_size, prepared.references
+                        ),
+                    ),
+                    {} if drv is None else {path: drv},
+                )
+            except BaseException:
+                os.unlink(path)
+                raise
+        if drv is not None:
+            self._remember(path, drv)
+        return path
+
+    def begin_addition(
+        self, name: str, algorithm: str, recursive: bool, session: TempRoots | None = None
+    ) -> Addition:
+        """Begin to receive an item whose name follows from its contents (op 7).
+
+        The files are put beside the items, under a name that is protected from
+        collectors.  End with `commit_addition`, and if `is_left` still tells that
+        something of it is there, with `discard_addition`.
+
+        :param session: not needed; the name is protected by roots of our own.
+        :raises Busy: another process collects.
+        """
+        staging = self._staging_name()
+        self._staged.add(staging)
+        return Addition(self.directory, staging, name, algorithm, recursive)
+
+    def commit_addition(self, addition: Addition, session: TempRoots) -> StorePath:
+        """Make what a complete ADDITION received valid.
+
+        :raises GuixdError: what went wrong in receiving, see `Addition.result`.
+        :raises BadDerivation: the item is called a derivation but is none.
+        :raises Busy: another process is at the same item, or collects; try it again.
+        """
+        path = addition.result()
+        session.add(path)
+        drv = None
+        if not self.database.is_valid(path):
+            if path.is_derivation:
+                text = addition.derivation_text
+                if text is None:
+                    raise BadDerivation(f"cannot read '{path}', which is not a regular file")
+                drv = derivation.parse(text, self.directory, path)
+                self._check(drv, path, (), self._read_input)
+            with self._creating(path) as valid:
+                if not valid:
+                    self._take_over(addition, path, drv)
+        if addition.nar_size <= INLINE_TEXT:
+            self.discard_addition(addition)
+        return path
+
+    def _take_over(self, addition: Addition, path: StorePath, drv: Derivation | None) -> None:
+        try:
+            if os.path.lexists(path):
+                _clear(path)
+            os.rename(addition.staging, path)
+        except OSError as error:
+            raise StoreError(f"cannot make '{path}': {error.strerror}") from error
+        try:
+            self.database.register(
+                (Registration(path, addition.nar_hash, addition.nar_size),),
+                {} if drv is None else {path: drv},
+            )
+        except BaseException:
+            os.rename(path, addition.staging)
+            raise
+        self._staged.discard(addition.staging)
+        self._free_names.append(addition.staging)
+
+    def is_left(self, addition: Addition) -> bool:
+        """Whether something of ADDITION waits for `discard_addition`."""
+        return addition.staging in self._staged
+
+    def discard_addition(self, addition: Addition) -> None:
+        """Remove what is left of ADDITION; may take long, for a thread."""
+        if addition.staging in self._staged:
+            addition.discard()
+            self._staged.discard(addition.staging)
+            self._free_names.append(addition.staging)
+
+    def register(self, items: Collection[Registration]) -> None:
+        """Make ITEMS valid, whose files are in place, all or none.
+
+        Derivations among them are read and checked first.
+
+        :raises BadDerivation: one of them is not what it must be.
+        :raises PathNotValid: something that is referred to is not valid.
+        :raises ReferencesCycle: items refer to each other in a circle.
+        """
+        texts = {
+            item.path: derivation.parse(_contents(item.path), self.directory, item.path)
+            for item in items
+            if item.path.is_derivation
+        }
+
+        def read(path: StorePath) -> Derivation:
+            return texts.get(path) or self._read_input(path)
+
+        for item in items:
+            if item.path.is_derivation:
+                self._check(texts[item.path], item.path, item.references, read)
+        self.database.register(items, texts)
+        for path, drv in texts.items():
+            self._remember(path, drv)
+
+    def delete_invalid(self, path: StorePath) -> None:
+        """Remove what lies at PATH, which must not be valid; may take long, for a thread.
+
+        :raises StoreError: it could not be removed.
+        """
+        remove_path(path)
+
+    def invalidate(self, path: StorePath) -> None:
+        """Make PATH invalid; its files stay.
+
+        :raises StoreError: "in use by" another valid item.
+        """
+        self.database.invalidate(path)
+        self._derivations.pop(path, None)
+        self._hashes.pop(path, None)
+
+    def _check(
+        self,
+        drv: Derivation,
+        path: StorePath,
+        references: Collection[StorePath],
+        read: _Read,
+    ) -> None:
+        if len(self._hashes) > _MOST_HASHES:
+            self._hashes.clear()
+        cache = HashCache(read, self._hashes)
+        derivation.check(drv, path, self.directory, cache, frozenset(references))
+
+    def _read_input(self, path: StorePath, queries: Queries | None = None) -> Derivation:
+        # What is remembered of it must be true, so an invalid leftover must not be read.
+        if not (queries or self.database).is_valid(path):
+            raise PathNotValid(f"the input derivation '{path}' is not valid")
+        return self._read(path)
+
+    @contextmanager
+    def _creating(self, path: StorePath) -> Iterator[bool]:
+        """Keep everybody else from making PATH; gives whether it is valid by now."""
+        if PathLocks.is_held(path):
+            raise Busy(f"'{path}' is being made")
+        with self._big_lock.exclusively() as alone:
+            if alone:
+                yield self.database.is_valid(path)
+                return
+        locks = PathLocks.acquire([path])
+        if locks is None:
+            raise Busy(f"another process is making '{path}'")
+        done = False
+        try:
+            yield self.database.is_valid(path)
+            done = True
+        finally:
+            locks.release(delete=done)
+
+    def _staging_name(self) -> str:
+        if self._free_names:
+            return self._free_names.pop()
+        assert self._own_roots is not None
+        name = self.directory.child(_unused_name(self.directory.path))
+        self._own_roots.add(name)
+        return name
+
+
+class _TooMany(Exception):
+    pass
+
+
+class _Sparingly:
+    """Reads some derivations, but not so many that it takes long."""
+
+    def __init__(self, read: _Read) -> None:
+        self._read = read
+        self._left = _MOST_READS
+
+    def __call__(self, path: StorePath) -> Derivation:
+        self._left -= 1
+        if self._left < 0:
+            raise _TooMany
+        return self._read(path)
+
+
+def _unused_name(store: str) -> str:
+    """Return a base name for something that is not yet, or no longer, an item."""
+    while True:
+        # A process that ended in between may have had our number.
+        name = f"guixd-{os.getpid()}-{next(_numbers)}"
+        if not os.path.lexists(f"{store}/{name}"):
+            return name
+
+
+def _write_item(path: StorePath, text: bytes) -> None:
+    """Make the file PATH, with the mode and time of all items, whatever is there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        try:
+            fd = os.open(path, flags, 0o444)
+        except FileExistsError:
+            _clear(path)
+            fd = os.open(path, flags, 0o444)
+        try:
+            done = os.write(fd, text)
+            while done < len(text):
+                done += os.write(fd, text[done:])
+            os.fchmod(fd, 0o444)
+            os.utime(fd, (1, 1))
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StoreError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _clear(path: StorePath) -> None:
+    """Take away what lies at PATH though it is not valid."""
+    try:
+        os.unlink(path)
+    except IsADirectoryError:
+        # Removing a tree can take long.  Under its new name a collector removes it.
+        store = os.path.dirname(path)
+        os.rename(path, f"{store}/{_unused_name(store)}")
+
+
+def _contents(path: StorePath) -> bytes:
+    """Read the file of a derivation, which must be a regular one."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.read(fd, MAXIMUM_SIZE + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StoreError(f"cannot read '{path}': {error.strerror}") from error
