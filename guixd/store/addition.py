@@ -40,7 +40,6 @@ class Addition:
         """
         self.staging = staging
         self.complete = False
-        self.moved = False
         self.nar_hash = b""
         self.nar_size = 0
         self._store = store
@@ -131,13 +130,12 @@ class Addition:
         return self._file.text
 
     def discard(self) -> None:
-        """Remove what was written, unless it has `moved` from the staging place.
+        """Remove what was written, if it is still in the staging place.
 
         :raises StoreError: that failed.
         """
         self._writer.close()
-        if not self.moved:
-            remove_path(self.staging)
+        remove_path(self.staging)
 
 
 class _SingleFile:
