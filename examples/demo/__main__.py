@@ -111,11 +111,12 @@ async def demo(reactor: object) -> None:
         await client.build_paths([cookbook.recipes[-1].path])
         await show_result(client, cookbook, log)
         await client.close()
-    except BaseException:
-        say(f"\nThe daemon's log is in {place.directory}/daemon.log; its last lines:")
+    except (RuntimeError, GuixdError) as error:
+        say(f"\ndemo: {error}")
+        say(f"The daemon's log is in {place.directory}/daemon.log; its last lines:")
         for line in (place.directory / "daemon.log").read_text(errors="replace").splitlines()[-15:]:
             say("  " + line)
-        raise
+        raise SystemExit(1) from None
     finally:
         await daemon.stop()
     heading("To use the same store with guix:  make run   and in another terminal")
@@ -149,7 +150,7 @@ def main(arguments: list[str]) -> int:
         if arguments == ["--serve"]:
             serve()
         task.react(lambda reactor: Deferred.fromCoroutine(demo(reactor)))
-    except (PermissionError, RuntimeError, GuixdError) as error:
+    except PermissionError as error:
         say(f"demo: {error}")
         return 1
     return 0

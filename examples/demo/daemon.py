@@ -10,7 +10,7 @@ from pathlib import Path
 
 from machine import BUILD_USERS, free_ids
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone
+from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.interfaces import IReactorProcess, IReactorUNIXDatagram
 from twisted.internet.protocol import DatagramProtocol, ProcessProtocol
 from twisted.python.failure import Failure
@@ -124,5 +124,8 @@ class Daemon(ProcessProtocol):
     async def stop(self) -> None:
         """Ask it to end, and wait until it has."""
         if not self.ended.called:
-            self._process.signalProcess("TERM")
+            try:
+                self._process.signalProcess("TERM")
+            except ProcessExitedAlready:
+                pass
             await self.ended
