@@ -1,0 +1,173 @@
+"""Primitive encodings."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.errors import NotInStore, ProtocolError
+from guixd.formats import wire
+from guixd.formats.wire import MORE, Kind, Source
+
+
+def decode(kind: Kind[object], data: bytes) -> object:
+    """Read one value from DATA, which must be used up."""
+    source = Source()
+    source.feed(data)
+    value = kind.begin().resume(source)
+    assert not len(source), "bytes are left"
+    return value
+
+
+class Encoding(SynchronousTestCase):
+    """Known bytes."""
+
+    def test_worked(self) -> None:
+        """The examples of the protocol's description."""
+        self.assertEqual(wire.encode_int(1).hex(), "0100000000000000")
+        self.assertEqual(wire.encode_string("foo").hex(), "0300000000000000666f6f0000000000")
+        self.assertEqual(wire.encode_string("12345678").hex(), "08000000000000003132333435363738")
+        self.assertEqual(
+            wire.NAMES.encode(("a", "bc")).hex(),
+            "02000000000000000100000000000000610000000000000002000000000000006263000000000000",
+        )
+
+    def test_range(self) -> None:
+        """Integers that do not fit are refused instead of cut."""
+        self.assertEqual(wire.encode_int(0xFFFFFFFF).hex(), "ffffffff00000000")
+        self.assertEqual(wire.encode_long(2**64 - 1).hex(), "f" * 16)
+        for value in (-1, 1 << 32):
+            self.assertRaises(ValueError, wire.encode_int, value)
+        for value in (-1, 1 << 64):
+            self.assertRaises(ValueError, wire.encode_long, value)
+
+    def test_sets(self) -> None:
+        """P11: sets are sorted by bytes and have no duplicates, both ways."""
+        odd = b"\xff".decode("utf-8", "surrogateescape")
+        self.assertEqual(
+            wire.NAME_SET.encode(("b", odd, "\U0001f600", "\uffff", "a", "b")),
+            wire.NAMES.encode(("a", "b", "\uffff", "\U0001f600", odd)),
+        )
+        self.assertEqual(decode(wire.NAME_SET, wire.NAMES.encode(("b", "a", "b"))), ("a", "b"))
+        self.assertEqual(decode(wire.NAMES, wire.NAMES.encode(("b", "a", "b"))), ("b", "a", "b"))
+
+
+class Strictness(SynchronousTestCase):
+    """What is refused."""
+
+    def test_high_bytes(self) -> None:
+        """P5: an integer with a bit above the 32nd; of long integers they are data."""
+        for position in range(4, 8):
+            data = bytearray(8)
+            data[position] = 1
+            for kind in (wire.INT, wire.FLAG, wire.NAME, wire.NAMES, wire.PAIRS, wire.PATHS):
+                self.assertRaises(ProtocolError, decode, kind, bytes(data))
+            self.assertEqual(decode(wire.LONG, bytes(data)), 1 << 8 * position)
+
+    def test_padding(self) -> None:
+        """P6: each byte of padding must be zero."""
+        good = wire.encode_string("abc")
+        self.assertEqual(decode(wire.NAME, good), "abc")
+        for position in range(11, 16):
+            bad = bytearray(good)
+            bad[position] = 1
+            self.assertRaises(ProtocolError, decode, wire.NAME, bytes(bad))
+
+    def test_not_in_store(self) -> None:
+        """Store paths are direct children of the store."""
+        self.assertEqual(
+            decode(wire.PATH, wire.encode_string("/gnu/store/nope")), "/gnu/store/nope"
+        )
+        for path in ("", "/gnu/store", "/gnu/store/", "/gnu/store/a/b", "/tmp/a", "gnu/store/a"):
+            self.assertRaises(NotInStore, decode, wire.PATH, wire.encode_string(path))
+            self.assertRaises(NotInStore, decode, wire.PATHS, wire.NAMES.encode((path,)))
+
+    def test_limits(self) -> None:
+        """A string over its limit is refused as soon as its length is known."""
+        for kind, limit in (
+            (wire.NAME, 64 << 10),
+            (wire.PATH, 64 << 10),
+            (wire.OPTION, 1 << 20),
+            (wire.TEXT, 256 << 20),
+        ):
+            self.assertIs(decode(kind, b""), MORE)
+            source = Source()
+            source.feed(wire.encode_int(limit))
+            self.assertIs(kind.begin().resume(source), MORE)
+            self.assertRaises(ProtocolError, decode, kind, wire.encode_int(limit + 1))
+
+    def test_list_limit(self) -> None:
+        """A list is bounded by its bytes."""
+        self.patch(wire, "MAX_LIST", 100)
+        decode(wire.NAMES, wire.NAMES.encode(("a",) * 6))
+        self.assertRaises(ProtocolError, decode, wire.NAMES, wire.NAMES.encode(("a",) * 7))
+
+    def test_promises(self) -> None:
+        """Nothing is allocated because a length or count says that much will come."""
+        for kind, head in (
+            (wire.TEXT, wire.encode_int(256 << 20)),
+            (wire.NAMES, wire.encode_int(2**32 - 1)),
+            (wire.PATHS, wire.encode_int(2**32 - 1)),
+        ):
+            source = Source()
+            source.feed(head + wire.encode_string("/gnu/store/a"))
+            tracemalloc.start()
+            try:
+                self.assertIs(kind.begin().resume(source), MORE)
+                source.settle()
+                self.assertLess(tracemalloc.get_traced_memory()[1], 10_000)
+            finally:
+                tracemalloc.stop()
+
+
+class Feeding(SynchronousTestCase):
+    """Bytes in pieces."""
+
+    @settings(deadline=None, max_examples=40)
+    @given(
+        st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), max_size=4),
+        st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    )
+    def test_pieces(self, pairs: list[tuple[str, str]], sizes: list[int]) -> None:
+        """The value is the same however the bytes are cut, and the rest stays."""
+        data = wire.PAIRS.encode(tuple(pairs)) + b"rest"
+        source = Source()
+        reader = wire.PAIRS.begin()
+        value: object = MORE
+        buffer = bytearray(64)
+        at = turn = 0
+        while at < len(data):
+            piece = data[at : at + sizes[turn % len(sizes)]]
+            at, turn = at + len(piece), turn + 1
+            buffer[: len(piece)] = piece
+            source.feed(buffer, len(piece))
+            if value is MORE:
+                value = reader.resume(source)
+            source.settle()
+            buffer[:] = bytes(64)
+        self.assertEqual(value, tuple(pairs))
+        self.assertEqual(source.rest(), b"rest")
+
+    def test_linear(self) -> None:
+        """What was read of a list is not read again when its bytes come one by one."""
+
+        class Counting(Source):
+            steps = 0
+
+            def string(self, limit: int) -> wire.Data | wire.More:
+                self.steps += 1
+                return super().string(limit)
+
+        source = Counting()
+        reader = wire.NAMES.begin()
+        data = wire.NAMES.encode(("x" * 1000,) * 60)
+        value: object = MORE
+        for index in range(len(data)):
+            source.feed(data[index : index + 1])
+            value = reader.resume(source)
+            source.settle()
+        self.assertEqual(value, ("x" * 1000,) * 60)
+        self.assertLessEqual(source.steps, len(data) + 60)
