@@ -14,7 +14,7 @@ PREFIX: Final = "@ "
 
 def _flat(text: str) -> str:
     """Return TEXT on one line, as clients split at line breaks."""
-    return " ".join(text.split("\n")).replace("\r", " ").strip(" ")
+    return text.rstrip("\n").replace("\n", " ").replace("\r", " ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ Trace: TypeAlias = (
 def parse(line: str) -> Trace | None:
     """Read a LINE without its newline; None if it is no trace that we know."""
     words = line.split(" ")
-    if len(words) < 3 or words[0] != "@":
+    if len(words) < 3 or words[0] != "@" or "\n" in line or "\r" in line:
         return None
     event, subject, rest = words[1], words[2], words[3:]
     if rest and rest[0] == "-":
