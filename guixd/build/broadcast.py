@@ -68,6 +68,7 @@ class Broadcast:
         follower = Follower(self, observer)
         self._followers.append(follower)
         follower._pump()
+        self._weigh()
         return follower
 
     def log(self, level: Level, text: str) -> None:
@@ -196,7 +197,7 @@ class Follower:
             chunk = all_of._tail_from(self._position, limit)
             if not chunk:
                 self._read_back()
-                return False
+                return not self._reading
             self._position += len(chunk)
             self._observer.output(all_of._pid, chunk)
             return True

@@ -86,6 +86,7 @@ class RequestRun:
 
     def _leave(self) -> None:
         self._events.clear()
+        self._share.close()
         active, self._active = self._active, {}
         for build, attachment in active.values():
             build.detach(attachment)

@@ -56,6 +56,10 @@ class Share:
         self._scheduler._enqueue(self)
         return ticket.granted
 
+    def close(self) -> None:
+        """Start nothing more here; running builds keep their slots."""
+        self._queue.clear()
+
     def _drop(self, ticket: _Ticket) -> None:
         ticket.dead = True
 

@@ -191,7 +191,7 @@ class World:
         :param fixed: algorithm, maybe with `r:`, and hexadecimal hash of the output.
         """
         if not isinstance(inputs, Mapping):
-            inputs = {path: ("out",) for path in inputs}
+            inputs = dict.fromkeys(inputs, ("out",))
         algorithm, digest = fixed or ("", "")
         none = self.store.directory.child("0" * 32 + "-none")
         used = sorted({*sources, *([] if builder else [self.shell])})

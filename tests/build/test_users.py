@@ -92,9 +92,7 @@ class PoolTests(SynchronousTestCase):
 
     def test_own_user(self) -> None:
         """The daemon's own user is refused."""
-        pool = BuildUserPool(
-            self.clock, self.directory, lambda: (BuildUser("me", os.getuid(), 1),)
-        )
+        pool = BuildUserPool(self.clock, self.directory, lambda: (BuildUser("me", os.getuid(), 1),))
         self.failureResultOf(pool.acquire(), UsersError)
 
 
@@ -111,9 +109,7 @@ class MembersTests(SynchronousTestCase):
         directories = Directories(state=temporary_directory(self))
         clock = Clock()
         self.assertIsNone(pool_of(Settings(directories=directories), clock))
-        pool = pool_of(
-            Settings(directories=directories, build_users_group="no-such-group"), clock
-        )
+        pool = pool_of(Settings(directories=directories, build_users_group="no-such-group"), clock)
         assert pool is not None
         self.assertEqual(pool.size, 0)
         self.failureResultOf(pool.acquire(), UsersError)
