@@ -47,7 +47,7 @@ BuilderFactory: TypeAlias = Callable[["Daemon", LocalStore], Builder]
 """Makes the `IBuilder` of a daemon, when the first build is asked for."""
 
 
-class Daemon(Service):
+class Daemon:
     """The store and what builds in it; both begin when they are first needed.
 
     :ivar uid: who the daemon runs as.
@@ -131,18 +131,17 @@ class Daemon(Service):
             self._builder = self._make_builder(self, session.store)
         return self._builder.build(request, session.log)
 
-    async def _stop(self) -> None:
+    async def stop_builds(self) -> None:
+        """End all builds."""
         builder, self._builder = self._builder, None
         if builder is not None:
             await builder.stop()
+
+    def close_store(self) -> None:
+        """Close the store, which nobody may use any more."""
         store, self._store = self._store, None
         if store is not None:
             store.close()
-
-    def stopService(self) -> Deferred[None]:
-        """End all builds, then close the store."""
-        super().stopService()  # type: ignore[no-untyped-call]
-        return Deferred.fromCoroutine(self._stop())
 
 
 def build_gid(settings: Settings) -> int | None:
@@ -161,6 +160,30 @@ def build_gid(settings: Settings) -> int | None:
             f"the group '{settings.build_users_group}' specified in 'build-users-group'"
             " does not exist"
         ) from None
+
+
+class Store(Service):
+    """The store, which is opened by the first session."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def stopService(self) -> None:
+        """Close it."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        self._daemon.close_store()
+
+
+class Builds(Service):
+    """What builds, which begins with the first build."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def stopService(self) -> Deferred[None]:
+        """End all builds; the Deferred fires when nothing of them is left."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        return Deferred.fromCoroutine(self._daemon.stop_builds())
 
 
 class Workers(Service):
@@ -229,7 +252,7 @@ class Listeners(Service):
 
 
 class GuixdService(MultiService):
-    """The daemon, for embedding: `workers`, `daemon` and `listeners` by name.
+    """The daemon, for embedding: `store`, `workers`, `builds` and `listeners` by name.
 
     Parts start in this order and stop in the opposite one, each after the other.
     """
@@ -252,11 +275,13 @@ class GuixdService(MultiService):
         self.workers = Workers(reactor)
         self.daemon = Daemon(reactor, settings, self.workers.threads, builder)
         self.listeners = Listeners(reactor, self.daemon, environ)
-        for name, part in (
-            ("workers", self.workers),
-            ("daemon", self.daemon),
-            ("listeners", self.listeners),
-        ):
+        parts: dict[str, Service] = {
+            "store": Store(self.daemon),
+            "workers": self.workers,
+            "builds": Builds(self.daemon),
+            "listeners": self.listeners,
+        }
+        for name, part in parts.items():
             part.setName(name)  # type: ignore[no-untyped-call]
             part.setServiceParent(self)  # type: ignore[no-untyped-call]
 
