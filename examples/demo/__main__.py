@@ -126,7 +126,7 @@ async def demo(reactor: object) -> None:
 def usage(place: Place) -> None:
     """Print how a client finds the daemon."""
     say(f"  export GUIX_DAEMON_SOCKET={place.socket} NIX_STORE_DIR={place.store}")
-    say("  guix gc --list-live")
+    say("  guix gc --references $NIX_STORE_DIR/*-hello")
 
 
 def serve() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -51,6 +52,20 @@ class Commands(SynchronousTestCase):
             r"``((?:etc|doc|examples|bench|tests|tools|guixd)/[\w./-]*)``", readme
         ):
             self.assertTrue((ROOT / name).exists(), name)
+
+    def test_example(self) -> None:
+        """The program in README.rst is `examples/embed.py`, and that runs."""
+        readme = (ROOT / "README.rst").read_text()
+        example = ROOT / "examples" / "embed.py"
+        body = example.read_text().partition("import sys\n\n")[2].partition("\n\nif __name__")[0]
+        self.assertIn(textwrap.indent(body.strip(), "    "), readme)
+        result = subprocess.run(
+            [sys.executable, str(example), temporary_directory(self)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertRegex(result.stdout, r"^/.*-hello\.txt 128\n$", result.stderr)
 
 
 class Contents(SynchronousTestCase):
