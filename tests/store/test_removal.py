@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
-import threading
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -15,7 +13,15 @@ from guixd.store.trees import open_beneath, remove, remove_path
 from tests.archives import File, Link, read_tree, write_tree
 from tests.support import requires_root, temporary_directory
 
-_RENAME_EXCHANGE = 2
+_EXCHANGER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+one, two = map(os.fsencode, sys.argv[1:])
+os.write(1, b"!")
+while True:
+    libc.renameat2(-100, one, -100, two, 2)
+"""
+"""Exchanges two names for ever."""
 
 
 class RemovalTestCase(SynchronousTestCase):
@@ -84,19 +90,15 @@ class RemoveTests(RemovalTestCase):
         """CVE-2025-46415: whoever exchanges a directory and a link leads nobody astray."""
         write_tree(os.fsencode(self.at("canary")), {b"d": {b"f": File(b"x")}, b"g": File(b"y")})
         expected = read_tree(os.fsencode(self.at("canary")))
-        libc = ctypes.CDLL(None, use_errno=True)
-        stop = threading.Event()
-
-        def exchange() -> None:
-            one, two = os.fsencode(self.at("t/d")), os.fsencode(self.at("link"))
-            while not stop.is_set():
-                libc.renameat2(-100, one, -100, two, _RENAME_EXCHANGE)
-
-        attacker = threading.Thread(target=exchange)
-        os.symlink("canary", self.at("link"))
-        attacker.start()
+        os.symlink(self.at("canary"), self.at("link"))
+        attacker = subprocess.Popen(
+            [sys.executable, "-I", "-c", _EXCHANGER, self.at("t/d"), self.at("link")],
+            stdout=subprocess.PIPE,
+        )
+        assert attacker.stdout is not None
+        self.assertEqual(attacker.stdout.read(1), b"!")
         try:
-            for _ in range(150):
+            for _ in range(300):
                 write_tree(
                     os.fsencode(self.at("new")),
                     {b"d": {b"d": {b"f": File()}, b"f": File(), b"g": File()}, b"z": {}},
@@ -110,10 +112,11 @@ class RemoveTests(RemovalTestCase):
                 self.assertNotIn("t", os.listdir(self.fd))
                 # What he took to himself may remain; begin anew with a link.
                 remove(self.fd, "link")
-                os.symlink("canary", self.at("link"))
+                os.symlink(self.at("canary"), self.at("link"))
         finally:
-            stop.set()
-            attacker.join()
+            attacker.kill()
+            attacker.wait()
+            attacker.stdout.close()
 
     def test_moved_away_while_removing(self) -> None:
         """CVE-2025-46415: nothing outside goes when an inner directory is moved out of the tree."""
