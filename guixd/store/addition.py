@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
-from guixd.errors import GuixdError, StoreError
+from guixd.errors import BadArchive, GuixdError, StoreError
 from guixd.formats import hashes, nar
 from guixd.formats.path import DERIVATION_SUFFIX, StoreDirectory, StorePath, check_name
 from guixd.store.removal import remove_path
@@ -75,7 +75,11 @@ class Addition:
 
         :raises BadArchive: the bytes are no canonical archive.
         """
-        used = self._parser.feed(data)
+        try:
+            used = self._parser.feed(data)
+        except BadArchive:
+            self._writer.pass_over()
+            raise
         part = data if used == len(data) else memoryview(data)[:used]
         self._received.update(part)
         if self._recursive and self._wanted is not None:
