@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 
 from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
@@ -12,7 +12,7 @@ from guixd.formats.derivation import Derivation
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.items import PathInfo, Registration
 from guixd.store.queries import Queries, hash_text, storable
-from guixd.store.schema import prepare, sqlite_errors
+from guixd.store.schema import prepare, store_error
 
 _MAXIMUM_KNOWN = 1 << 16
 _MAXIMUM_INFOS = 1 << 14
@@ -37,7 +37,7 @@ class Database(Queries):
         super().__init__(directory, store, read_only=False)
         self._clock = clock
         self._seen = self._mark.raw
-        self._known: dict[str, bool] = {}
+        self._known: dict[str, int] = {}  # row numbers; 0 for what is not valid
         self._infos: dict[str, PathInfo] = {}
 
     def read_only_copy(self) -> Queries:
@@ -66,11 +66,8 @@ class Database(Queries):
         """Whether PATH is a valid item."""
         if self._mark.raw != self._seen:
             self._forget()
-        valid = self._known.get(path)
-        if valid is None:
-            valid = super().is_valid(path)
-            self._know(path, valid)
-        return valid
+        row = self._known.get(path)
+        return (self._row(path) if row is None else row) > 0
 
     def valid_paths(self, paths: Iterable[StorePath]) -> set[StorePath]:
         """Return those of PATHS that are valid."""
@@ -81,13 +78,13 @@ class Database(Queries):
         unknown = wanted.difference(known)
         found = {path for path in wanted - unknown if known[path]}
         if unknown:
-            valid = super().valid_paths(unknown)
-            found |= valid
+            rows = self._valid_rows(unknown)
+            if len(known) + len(unknown) > _MAXIMUM_KNOWN:
+                known.clear()
             if len(unknown) <= _MAXIMUM_KNOWN:
-                if len(known) + len(unknown) > _MAXIMUM_KNOWN:
-                    known.clear()
-                known.update(dict.fromkeys(unknown, False))
-                known.update(dict.fromkeys(valid, True))
+                known.update(dict.fromkeys(unknown, 0))
+                known.update(rows.items())
+            found.update(rows)
         return found
 
     def find_path_info(self, path: StorePath) -> PathInfo | None:
@@ -97,10 +94,9 @@ class Database(Queries):
         info = self._infos.get(path)
         if info is not None:
             return info
-        if self._known.get(path) is False:
+        if self._known.get(path) == 0:
             return None
         info = super().find_path_info(path)
-        self._know(path, info is not None)
         if info is not None:
             self._remember(info)
         return info
@@ -110,10 +106,18 @@ class Database(Queries):
         self._known.clear()
         self._infos.clear()
 
-    def _know(self, path: str, valid: bool) -> None:
+    def _row(self, path: str) -> int:
+        """Return the row number of PATH, 0 if it is not valid."""
+        row = self._known.get(path)
+        if row is None:
+            row = self._id(path) or 0
+            self._know(path, row)
+        return row
+
+    def _know(self, path: str, row: int) -> None:
         if len(self._known) >= _MAXIMUM_KNOWN:
             self._known.clear()
-        self._known[path] = valid
+        self._known[path] = row
 
     def _remember(self, info: PathInfo) -> None:
         if len(self._infos) >= _MAXIMUM_INFOS:
@@ -122,24 +126,26 @@ class Database(Queries):
 
     # --- writing --------------------------------------------------------------
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _write(self, work: Callable[[], None]) -> None:
+        """Do WORK in a transaction; what is remembered is true inside it."""
         execute = self._connection.execute
-        with sqlite_errors():
+        try:
             execute("BEGIN IMMEDIATE")
             try:
                 before = self._mark.raw
                 if before != self._seen:
                     self._forget()
-                yield
+                work()
                 execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     execute("ROLLBACK")
                 raise
-            after = self._mark.raw
-            if self._mark.only_mine(before, after):
-                self._seen = after
+        except sqlite3.Error as error:
+            raise store_error(error) from error
+        after = self._mark.raw
+        if self._mark.only_mine(before, after):
+            self._seen = after
 
     def register(
         self,
@@ -163,50 +169,57 @@ class Database(Queries):
             if item.path.is_derivation and item.path not in derivations:
                 raise StoreError(f"the contents of '{item.path}' are not known")
         _check_order(items)
-        fresh = []
-        with self._transaction():
-            ids: dict[str, int] = {}
-            for item in items:
-                identifier = self._id(item.path)
-                if identifier is None:
-                    identifier = self._insert(item, now)
-                    fresh.append(item)
-                else:
-                    self._connection.execute(
-                        "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
-                        (hash_text(item.nar_hash), item.nar_size or None, identifier),
-                    )
-                ids[item.path] = identifier
-                if item.path.is_derivation:
-                    self._connection.executemany(
-                        "INSERT OR REPLACE INTO DerivationOutputs (drv, id, path) VALUES (?, ?, ?)",
-                        [
-                            (identifier, name, str(output.path))
-                            for name, output in derivations[item.path].outputs.items()
-                        ],
-                    )
-            for item in items:
-                referrer = ids[item.path]
-                self._connection.executemany(
-                    "INSERT OR REPLACE INTO Refs (referrer, reference) VALUES (?, ?)",
-                    [(referrer, self._reference(path, ids)) for path in item.references],
-                )
-            if len(fresh) < len(items) > 1:
-                self._check_recorded_order(ids)
-        for item in items:
-            self._know(item.path, True)
-            self._infos.pop(item.path, None)
+        rows: dict[str, int] = {}
+        fresh: list[Registration] = []
+        self._write(lambda: self._register(items, derivations, now, rows, fresh))
+        for path, row in rows.items():
+            self._know(path, row)
+            self._infos.pop(path, None)
         for item in fresh:
+            references = tuple(sorted(item.references))
             self._remember(
-                PathInfo(
-                    item.path,
-                    item.nar_hash,
-                    item.nar_size,
-                    tuple(sorted(item.references)),
-                    now,
-                    item.deriver,
-                )
+                PathInfo(item.path, item.nar_hash, item.nar_size, references, now, item.deriver)
             )
+
+    def _register(
+        self,
+        items: Collection[Registration],
+        derivations: Mapping[StorePath, Derivation],
+        now: int,
+        rows: dict[str, int],
+        fresh: list[Registration],
+    ) -> None:
+        execute, executemany = self._connection.execute, self._connection.executemany
+        for item in items:
+            row = rows.get(item.path) or self._row(item.path)
+            if row:
+                execute(
+                    "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
+                    (hash_text(item.nar_hash), item.nar_size or None, row),
+                )
+            else:
+                row = self._insert(item, now)
+                fresh.append(item)
+            rows[item.path] = row
+            if item.path.is_derivation:
+                outputs = derivations[item.path].outputs.items()
+                executemany(
+                    "INSERT OR REPLACE INTO DerivationOutputs (drv, id, path) VALUES (?, ?, ?)",
+                    [(row, name, str(output.path)) for name, output in outputs],
+                )
+        for item in items:
+            if item.references:
+                pairs = []
+                for path in item.references:
+                    reference = rows.get(path) or self._row(path)
+                    if not reference:
+                        raise PathNotValid(f"path '{path}' is not valid")
+                    pairs.append((rows[item.path], reference))
+                executemany(
+                    "INSERT OR REPLACE INTO Refs (referrer, reference) VALUES (?, ?)", pairs
+                )
+        if len(fresh) < len(items) > 1:
+            self._check_recorded_order(rows)
 
     def _insert(self, item: Registration, now: int) -> int:
         cursor = self._connection.execute(
@@ -222,15 +235,6 @@ class Database(Queries):
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
-
-    def _reference(self, path: StorePath, ids: dict[str, int]) -> int:
-        identifier = ids.get(path)
-        if identifier is None:
-            identifier = self._id(path)
-            if identifier is None:
-                raise PathNotValid(f"path '{path}' is not valid")
-            ids[path] = identifier
-        return identifier
 
     def _check_recorded_order(self, ids: Mapping[str, int]) -> None:
         graph = {
@@ -252,49 +256,54 @@ class Database(Queries):
 
         :raises StoreError: "in use by" another valid item.
         """
-        with self._transaction():
-            for referrer in self.referrers(path):
-                if referrer != path:
-                    raise StoreError(
-                        f"cannot invalidate '{path}' because it is in use by '{referrer}'"
-                    )
-            if storable(path):
-                self._connection.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
-        self._know(path, False)
+        self._write(lambda: self._invalidate(path))
+        self._know(path, 0)
         self._infos.pop(path, None)
+
+    def _invalidate(self, path: StorePath) -> None:
+        for referrer in self.referrers(path):
+            if referrer != path:
+                raise StoreError(f"cannot invalidate '{path}' because it is in use by '{referrer}'")
+        if storable(path):
+            self._connection.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
 
     def set_hash(self, path: StorePath, nar_hash: bytes, nar_size: int) -> None:
         """Replace hash and size of the valid item PATH.
 
         :raises PathNotValid: PATH is not valid.
         """
-        with self._transaction():
-            cursor = self._connection.execute(
-                "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE path = ?",
-                (hash_text(nar_hash), nar_size or None, str(path)),
-            )
-            if not cursor.rowcount:
+
+        def work() -> None:
+            row = self._row(path)
+            if not row:
                 raise PathNotValid(f"path '{path}' is not valid")
+            self._connection.execute(
+                "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
+                (hash_text(nar_hash), nar_size or None, row),
+            )
+
+        self._write(work)
         self._infos.pop(path, None)
 
     def add_failed(self, paths: Iterable[StorePath]) -> None:
         """Remember that the builds of the outputs PATHS failed for good (§15)."""
         now = int(self._clock())
-        with self._transaction():
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO FailedPaths (path, time) VALUES (?, ?)",
-                [(str(path), now) for path in paths],
-            )
+        statement = "INSERT OR IGNORE INTO FailedPaths (path, time) VALUES (?, ?)"
+        entries = [(str(path), now) for path in paths]
+        self._write(lambda: self._many(statement, entries))
 
     def clear_failed(self, words: Iterable[str]) -> None:
         """Forget failures: of a path, of the outputs of a derivation, or all (`*`)."""
-        with self._transaction():
-            self._connection.executemany(
-                "DELETE FROM FailedPaths WHERE ?1 = '*' OR path = ?1 OR path IN"
-                " (SELECT o.path FROM DerivationOutputs AS o JOIN ValidPaths AS v"
-                " ON v.id = o.drv WHERE v.path = ?1)",
-                [(str(word),) for word in words if storable(word)],
-            )
+        statement = (
+            "DELETE FROM FailedPaths WHERE ?1 = '*' OR path = ?1 OR path IN"
+            " (SELECT o.path FROM DerivationOutputs AS o JOIN ValidPaths AS v"
+            " ON v.id = o.drv WHERE v.path = ?1)"
+        )
+        entries = [(str(word),) for word in words if storable(word)]
+        self._write(lambda: self._many(statement, entries))
+
+    def _many(self, statement: str, entries: Iterable[tuple[object, ...]]) -> None:
+        self._connection.executemany(statement, entries)
 
 
 def _check_order(items: Collection[Registration]) -> None:

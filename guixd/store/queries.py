@@ -55,13 +55,17 @@ class Queries:
 
     def valid_paths(self, paths: Iterable[StorePath]) -> set[StorePath]:
         """Return those of PATHS that are valid."""
+        return set(self._valid_rows(paths))
+
+    def _valid_rows(self, paths: Iterable[StorePath]) -> dict[StorePath, int]:
+        # In the order of the index, so that its pages are read one after the other.
         wanted = sorted({path for path in paths if storable(path)})
         rows = self._rows(
-            "SELECT v.path FROM json_each(?) AS wanted"
+            "SELECT v.path, v.id FROM json_each(?) AS wanted"
             " CROSS JOIN ValidPaths AS v ON v.path = wanted.value",
             json.dumps(wanted),
         )
-        return {StorePath(path) for (path,) in rows}
+        return {StorePath(path): row for path, row in rows}
 
     def all_valid_paths(self) -> list[StorePath]:
         """Return all valid items, sorted by bytes; for a thread, as it may be long."""
