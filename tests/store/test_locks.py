@@ -1,0 +1,215 @@
+"""Lock files, against other processes that really hold them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.errors import StoreError
+from guixd.store.locks import FileLock, PathLocks
+from tests.store.holder import Holder
+from tests.support import temporary_directory
+
+
+class Case(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self)
+        self.path = self.directory + "/x"
+        self.lock_file = self.path + ".lock"
+
+    def acquire(self, *paths: str) -> PathLocks:
+        locks = PathLocks.acquire(paths or [self.path])
+        assert locks is not None
+        self.addCleanup(locks.release, delete=False)
+        return locks
+
+
+class FileLockTests(Case):
+    """Locks on files that stay."""
+
+    def lock(self) -> FileLock:
+        lock = FileLock(self.path)
+        self.addCleanup(lock.close)
+        return lock
+
+    def test_foreign(self) -> None:
+        """S16: record locks of another process conflict with ours, both ways."""
+        holder, lock = Holder(self), self.lock()
+        self.assertEqual(holder.ask("write", self.path), "yes")
+        self.assertFalse(lock.acquire(exclusive=True))
+        self.assertFalse(lock.acquire(exclusive=False))
+        holder.ask("drop", self.path)
+        self.assertTrue(lock.acquire(exclusive=True))
+        self.assertEqual(holder.ask("read", self.path), "no")
+        lock.release()
+        self.assertEqual(holder.ask("read", self.path), "yes")
+        self.assertTrue(lock.acquire(exclusive=False))
+        self.assertEqual(os.stat(self.path).st_mode, 0o100600)
+
+    def test_killed(self) -> None:
+        """S16: a holder that is killed gives the lock up; waiting ends then."""
+        holder, lock = Holder(self), self.lock()
+        holder.ask("write", self.path)
+        self.assertFalse(lock.acquire(exclusive=True))
+        waiter = threading.Thread(target=lock.acquire, kwargs={"exclusive": True, "wait": True})
+        waiter.start()
+        holder.kill()
+        waiter.join(30)
+        self.assertFalse(waiter.is_alive())
+        self.assertEqual(Holder(self).ask("read", self.path), "no")
+
+    def test_own_process(self) -> None:
+        """S14: two locks in one process exclude each other and do not lose each other."""
+        one, two = self.lock(), self.lock()
+        self.assertTrue(one.acquire(exclusive=True))
+        self.assertFalse(two.acquire(exclusive=False))
+        two.close()
+        self.assertEqual(Holder(self).ask("read", self.path), "no")
+
+    def test_exclusively(self) -> None:
+        """S14: a shared lock becomes exclusive for a moment only if it is the only one."""
+        holder, lock = Holder(self), self.lock()
+        with lock.exclusively() as alone:
+            self.assertFalse(alone)  # it is not even held
+        lock.acquire(exclusive=False)
+        with lock.exclusively() as alone:
+            self.assertTrue(alone)
+            self.assertEqual(holder.ask("read", self.path), "no")
+        self.assertEqual(holder.ask("read", self.path), "yes")
+        with lock.exclusively() as alone:
+            self.assertFalse(alone)
+            # Failing did not cost us our shared lock.
+            self.assertEqual(holder.ask("write", self.path), "no")
+        other = Holder(self)
+        self.assertEqual(other.ask("read", self.path), "yes")
+        other.kill()
+        self.assertEqual(holder.ask("write", self.path), "no")
+        lock.close()
+        self.assertEqual(holder.ask("write", self.path), "yes")
+
+    def test_exclusively_with_failure(self) -> None:
+        """S14: an error in between leaves the lock shared."""
+        lock = self.lock()
+        lock.acquire(exclusive=False)
+        with self.assertRaises(ZeroDivisionError), lock.exclusively():
+            raise ZeroDivisionError
+        self.assertEqual(Holder(self).ask("read", self.path), "yes")
+        self.assertEqual(Holder(self).ask("write", self.path), "no")
+
+    def test_waiting_foreigner(self) -> None:
+        """S14: who waits for the big lock, as a session does, gets it after the moment."""
+        holder, lock = Holder(self), self.lock()
+        lock.acquire(exclusive=False)
+        with lock.exclusively() as alone:
+            self.assertTrue(alone)
+            holder.begin("wait", self.path)
+            self.assertEqual(holder.answer(), "waiting")
+        lock.close()
+        self.assertEqual(holder.answer(), "yes")
+
+    def test_strange_files(self) -> None:
+        """S15: only regular files are locks; links are not followed."""
+        os.symlink(self.directory + "/elsewhere", self.path)
+        self.assertRaises(StoreError, self.lock().acquire, exclusive=True)
+        self.assertFalse(os.path.lexists(self.directory + "/elsewhere"))
+        os.unlink(self.path)
+        os.mkfifo(self.path)
+        self.assertRaises(StoreError, self.lock().acquire, exclusive=True)
+
+
+class PathLockTests(Case):
+    """B35, S15, S16: locks of items."""
+
+    def test_delete(self) -> None:
+        """S4: after success the file is gone, after failure it stays."""
+        locks = self.acquire()
+        self.assertEqual(os.stat(self.lock_file).st_mode, 0o100600)
+        self.assertTrue(PathLocks.is_held(self.path))
+        locks.release(delete=False)
+        self.assertEqual(os.stat(self.lock_file).st_size, 0)
+        self.assertFalse(PathLocks.is_held(self.path))
+        locks = self.acquire()
+        locks.release(delete=True)
+        self.assertFalse(os.path.exists(self.lock_file))
+        locks.release(delete=True)
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_foreign(self) -> None:
+        """B35: another process holds one of several; none is kept then."""
+        holder = Holder(self)
+        holder.ask("write", self.directory + "/b.lock")
+        wanted = [f"{self.directory}/{name}" for name in "cba"]
+        self.assertIsNone(PathLocks.acquire(wanted))
+        self.assertFalse(PathLocks.is_held(wanted[2]))
+        self.assertEqual(holder.ask("write", self.directory + "/a.lock"), "yes")
+        for name in "ab":
+            holder.ask("drop", f"{self.directory}/{name}.lock")
+        self.acquire(*wanted)
+        for name in "abc":
+            self.assertEqual(holder.ask("read", f"{self.directory}/{name}.lock"), "no")
+
+    def test_own_process(self) -> None:
+        """B35: nobody in this process gets what somebody here has."""
+        self.acquire(self.directory + "/a", self.directory + "/b")
+        self.assertIsNone(PathLocks.acquire([self.directory + "/b", self.directory + "/c"]))
+        self.assertFalse(PathLocks.is_held(self.directory + "/c"))
+        self.acquire(self.directory + "/c")
+
+    def test_wait_in_process(self) -> None:
+        """B35: a thread can wait for a lock of this process."""
+        locks = self.acquire()
+        got: list[PathLocks | None] = []
+        waiter = threading.Thread(
+            target=lambda: got.append(PathLocks.acquire([self.path], wait=True))
+        )
+        waiter.start()
+        locks.release(delete=True)
+        waiter.join(30)
+        assert got[0] is not None
+        self.assertTrue(PathLocks.is_held(self.path))
+        got[0].release(delete=True)
+
+    def test_stale(self) -> None:
+        """S15: a file that is not empty was removed by its holder; a new one is made."""
+        holder = Holder(self)
+        holder.ask("write", self.lock_file)
+        got: list[PathLocks | None] = []
+        waiter = threading.Thread(
+            target=lambda: got.append(PathLocks.acquire([self.path], wait=True))
+        )
+        waiter.start()
+        holder.ask("stale", self.lock_file)
+        waiter.join(30)
+        assert got[0] is not None
+        self.addCleanup(got[0].release, delete=False)
+        self.assertEqual(os.stat(self.lock_file).st_size, 0)
+        self.assertEqual(Holder(self).ask("write", self.lock_file), "no")
+
+    def test_foreigner_sees_ours_stale(self) -> None:
+        """S15: who waits for a file that we remove finds it not empty."""
+        holder, locks = Holder(self), self.acquire()
+        holder.begin("wait", self.lock_file)
+        self.assertEqual(holder.answer(), "waiting")
+        locks.release(delete=True)
+        self.assertEqual(holder.answer(), "yes")
+        self.assertEqual(holder.ask("empty", self.lock_file), "False")
+        self.acquire()
+
+    def test_killed(self) -> None:
+        """S16: a killed holder frees the lock, and its file is used again."""
+        holder = Holder(self)
+        holder.ask("write", self.lock_file)
+        self.assertIsNone(PathLocks.acquire([self.path]))
+        holder.kill()
+        before = os.stat(self.lock_file).st_ino
+        self.acquire()
+        self.assertEqual(os.stat(self.lock_file).st_ino, before)
+
+    def test_link(self) -> None:
+        """S15: a link in place of the file is refused, and nothing stays locked."""
+        Path(self.lock_file).symlink_to("/etc/passwd")
+        self.assertRaises(StoreError, PathLocks.acquire, [self.path])
+        self.assertFalse(PathLocks.is_held(self.path))
