@@ -269,6 +269,11 @@ class ZygoteLauncher:
         self._users: dict[int, Deferred[None]] = {}
         self._stopping: Deferred[None] | None = None
 
+    @property
+    def zygote_pid(self) -> int:
+        """The process id of the zygote, 0 if there is none."""
+        return 0 if self._zygote is None else self._zygote.pid
+
     def spawn(self, protocol: object, spec: object) -> Deferred[BuilderProcess]:
         """Run the builder of SPEC under PROTOCOL, see `ILauncher.spawn`.
 

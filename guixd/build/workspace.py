@@ -125,7 +125,7 @@ class Workspace:
                 remove(None, self.chroot)
 
     def keep(self, uid: int | None, gid: int | None) -> Kept:
-        """Hand the build tree over to a client for inspection; `remove` will leave it.
+        """Hand the build tree over to a client for inspection, and delete the rest.
 
         To be used when all processes of the build are dead.  Until modes and
         owner are final nobody else can enter the tree.
@@ -137,6 +137,8 @@ class Workspace:
             return Kept(self.outside, self._hand_over(uid, gid) if uid else "")
         except (OSError, StoreError) as error:
             return Kept(self.outside, f"build tree '{self.outside}' stays closed: {error}")
+        finally:
+            self.remove()
 
     def _hand_over(self, uid: int, gid: int | None) -> str:
         problem = ""

@@ -115,6 +115,7 @@ class Place:
     settings: Settings = field(init=False)
     launcher: ZygoteLauncher = field(init=False)
     user: BuildUser | None = field(init=False, default=None)
+    _builds: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.directory = temporary_directory(self.case, world_readable=True)
@@ -179,7 +180,8 @@ class Place:
         self, derivation: Derivation, *, inputs: tuple[StorePath, ...] = (), cores: int = 0
     ) -> Build:
         """Plan DERIVATION and make its directories, which are removed after the test."""
-        path = self.item("probe.drv")
+        self._builds += 1
+        path = self.store.child(f"{self._builds:032}-probe.drv")
         contained = self.mode != "plain"
         workspace = Workspace.create(
             path,
