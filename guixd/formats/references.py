@@ -8,9 +8,7 @@ are in the alphabet does it pay to look closely.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
-from operator import itemgetter
 
 from guixd.formats.hashes import BASE32_ALPHABET
 from guixd.formats.path import HASH_LENGTH
@@ -20,10 +18,8 @@ _IN, _OUT = b"x", b"-"
 _CLASSES = bytes(_IN[0] if byte in BASE32_ALPHABET.encode() else _OUT[0] for byte in range(256))
 _SAMPLES = _IN * (HASH_LENGTH // _STRIDE)
 _BLANKED = bytes(byte if byte in BASE32_ALPHABET.encode() else 32 for byte in range(256))
-_FIRST = itemgetter(0)
-_WINDOWS = struct.Struct(f"{HASH_LENGTH}s")
 _CARRIED = HASH_LENGTH - 1
-_LONG = 512  # windows in a run from which the set-up of a loop in C pays
+_PIECE = HASH_LENGTH // 2
 
 
 class Scanner:
@@ -36,6 +32,7 @@ class Scanner:
     def __init__(self, hash_parts: Iterable[str]) -> None:
         self.found: set[str] = set()
         self.wanted = {part.encode() for part in hash_parts}
+        self._pieces: set[bytes] | None = None
         self._carry = b""
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
@@ -65,17 +62,21 @@ class Scanner:
             at = classes.find(_SAMPLES, end)
 
     def _match(self, run: bytes) -> None:
-        """Compare each 32 characters of RUN with what is wanted."""
+        """Look for what is wanted in RUN, text of the alphabet only.
+
+        Whichever 32 characters are taken from it, one of the pieces of 16 into
+        which it is cut here lies in them as a whole.
+        """
+        pieces = self._pieces
+        if pieces is None:
+            pieces = self._pieces = {
+                part[at : at + _PIECE] for part in self.wanted for at in range(_PIECE + 1)
+            }
+        if not any(run[at : at + _PIECE] in pieces for at in range(0, len(run), _PIECE)):
+            return
         wanted = self.wanted
-        count = len(run) - _CARRIED
-        if count < _LONG:
-            hits = {part for at in range(count) if (part := run[at : at + HASH_LENGTH]) in wanted}
-        else:
-            hits = set()
-            for at in range(HASH_LENGTH):
-                size = (len(run) - at) // HASH_LENGTH * HASH_LENGTH
-                parts = map(_FIRST, _WINDOWS.iter_unpack(run[at : at + size]))
-                hits |= wanted.intersection(parts)
-        if hits:
-            wanted -= hits
-            self.found.update(part.decode() for part in hits)
+        for at in range(len(run) - _CARRIED):
+            part = run[at : at + HASH_LENGTH]
+            if part in wanted:
+                wanted.remove(part)
+                self.found.add(part.decode())
