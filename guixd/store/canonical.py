@@ -23,7 +23,6 @@ InodesSeen = set[tuple[int, int]]
 
 _Result = TypeVar("_Result")
 _UNSAFE = stat.S_ISUID | stat.S_ISGID | stat.S_IWOTH
-_KEPT_ATTRIBUTES = frozenset(("security.selinux", "security.ima", "security.evm"))
 
 
 def canonical_mode(mode: int) -> int:
@@ -107,12 +106,18 @@ def _take(path: str, status: os.stat_result) -> None:
             raise
         return
     for attribute in attributes:
-        if attribute not in _KEPT_ATTRIBUTES:
+        if not _is_of_system(attribute):
             try:
                 os.removexattr(path, attribute)
             except OSError as error:
                 if error.errno != ENODATA:  # the one removal may take another along
                     raise
+
+
+def _is_of_system(attribute: str) -> bool:
+    """Whether ATTRIBUTE is no builder's: a label of a security module, or always there."""
+    label = attribute.startswith("security.") and attribute != "security.capability"
+    return label or attribute == "system.nfs4_acl"
 
 
 class _Handle:
