@@ -55,7 +55,7 @@ class Recorder:
         self._add(("trace", line), line)
 
     def output(self, pid: int, chunk: bytes) -> None:
-        self._add(("output", chunk), self.text)
+        self._add(("output", chunk), self.text + chunk.decode())
 
     def full(self) -> Deferred[None] | None:
         if self.blocked is None:
