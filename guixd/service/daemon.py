@@ -201,8 +201,9 @@ class Workers(Service):
         self._pool.start()
 
     def stopService(self) -> None:
-        super().stopService()  # type: ignore[no-untyped-call]
-        self._pool.stop()
+        if self.running:
+            super().stopService()  # type: ignore[no-untyped-call]
+            self._pool.stop()
 
 
 class Listeners(Service):
