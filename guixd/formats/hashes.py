@@ -100,7 +100,7 @@ def from_hex(text: str, algorithm: str) -> bytes:
 
 def fold(digest: bytes, size: int = 20) -> bytes:
     """XOR the bytes of DIGEST onto SIZE bytes in turn, as store file names do."""
-    folded = bytearray(size)
-    for index, byte in enumerate(digest):
-        folded[index % size] ^= byte
-    return bytes(folded)
+    folded = 0
+    for start in range(0, len(digest), size):
+        folded ^= int.from_bytes(digest[start : start + size], "little")
+    return folded.to_bytes(size, "little")
