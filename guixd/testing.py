@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, succeed
 from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.internet.interfaces import IProcessProtocol, IReactorTime, IReactorUNIX
 from twisted.python.failure import Failure
@@ -88,6 +88,7 @@ class FakeBuilder:
     """Builds nothing, but records what it is asked for.
 
     :ivar requests: each request with its observer and the Deferred that ends it.
+    :ivar arrivals: the same, to be waited for with `get`.
     :ivar cancelled: the requests that were given up.
     """
 
@@ -95,6 +96,9 @@ class FakeBuilder:
         """Answer requests with OUTCOME, at once; without it they wait for the test."""
         self._outcome = outcome
         self.requests: list[tuple[BuildRequest, Observer, Deferred[None]]] = []
+        self.arrivals: DeferredQueue[tuple[BuildRequest, Observer, Deferred[None]]] = (
+            DeferredQueue()
+        )
         self.cancelled: list[BuildRequest] = []
         self.stopped = False
 
@@ -102,6 +106,7 @@ class FakeBuilder:
         """Record REQUEST; see `IBuilder.build`."""
         done: Deferred[None] = Deferred(lambda _: self.cancelled.append(request))
         self.requests.append((request, observer, done))
+        self.arrivals.put((request, observer, done))
         if self._outcome is not None:
             try:
                 self._outcome(request)
