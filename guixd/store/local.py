@@ -12,7 +12,7 @@ import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,8 @@ from guixd.store.roots import TempRoots
 
 INLINE_TEXT = 256 << 10
 """Up to this size in bytes a text is added in the reactor's thread."""
-_MOST_READS = 16
+_MOST_READS = 200
+_COST_OF_READING = 10
 _MOST_DERIVATIONS = 4096
 _MOST_HASHES = 1 << 16
 _numbers = itertools.count(1)
@@ -109,8 +110,16 @@ class LocalStore:
             raise
         self._own_roots = self.temp_roots()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the store is not open."""
+        return self._own_roots is None
+
     def close(self) -> None:
         """Give everything back.  No thread may still use the store."""
+        self._own_roots = None
+        self._free_names.clear()
+        self._staged.clear()
         for session in tuple(self._sessions):
             session.close()
         self.database.close()
@@ -249,7 +258,7 @@ class LocalStore:
         session.add(path)
         if self.database.is_valid(path):
             return path
-        read = _Sparingly(self._read_input)
+        read = _Sparingly(self._read_input, self._derivations)
         try:
             prepared = self._prepare_text(path, text, references, read)
         except _TooMany:
@@ -475,14 +484,15 @@ class _TooMany(Exception):
 
 
 class _Sparingly:
-    """Reads some derivations, but not so many that it takes long."""
+    """Gives some derivations, but not so many that it takes long."""
 
-    def __init__(self, read: _Read) -> None:
+    def __init__(self, read: _Read, known: Container[StorePath]) -> None:
         self._read = read
+        self._known = known
         self._left = _MOST_READS
 
     def __call__(self, path: StorePath) -> Derivation:
-        self._left -= 1
+        self._left -= 1 if path in self._known else _COST_OF_READING
         if self._left < 0:
             raise _TooMany
         return self._read(path)
