@@ -98,10 +98,10 @@ class NameTests(SynchronousTestCase):
 
 
 class ParseTests(SynchronousTestCase):
-    """P9: the test that paths of clients must pass."""
+    """P7: the test that paths of clients must pass."""
 
     def test_parts(self) -> None:
-        """P9: the parts of a name."""
+        """P7: the parts of a name."""
         path = STORE.parse(b"/gnu/store/bjfjcd0iwaqp6ckwlrd6qim7hjaa5ngi-hello.drv")
         self.assertIsInstance(path, StorePath)
         self.assertEqual(path.hash_part, "bjfjcd0iwaqp6ckwlrd6qim7hjaa5ngi")
@@ -111,12 +111,12 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(STORE.child(path.base), path)
 
     def test_accepted(self) -> None:
-        """P9: only the form counts."""
+        """P7: only the form counts."""
         for text in "/gnu/store/nope", "/gnu/store/.x", "/gnu/store/a b", "/gnu/store/..":
             self.assertEqual(STORE.parse(text), text)
 
     def test_refused(self) -> None:
-        """P9: the store itself, what is below an item, what is elsewhere."""
+        """P7: the store itself, what is below an item, what is elsewhere."""
         for text in (
             "",
             "/",
@@ -135,7 +135,7 @@ class ParseTests(SynchronousTestCase):
         self.assertRaises(NotInStore, STORE.child, "a/b")
 
     def test_containing(self) -> None:
-        """P9: the item that something lies in."""
+        """P7: the item that something lies in."""
         self.assertEqual(STORE.containing("/gnu/store/a/b/c"), "/gnu/store/a")
         self.assertEqual(STORE.containing("/gnu/store/a"), "/gnu/store/a")
         for text in "/gnu/store", "/gnu/store/", "/tmp/gnu/store/a", "/gnu/store//a":
@@ -144,6 +144,6 @@ class ParseTests(SynchronousTestCase):
     @settings(deadline=None)
     @given(st.binary(max_size=40).filter(lambda raw: raw and b"/" not in raw))
     def test_any_bytes(self, raw: bytes) -> None:
-        """P9: names are bytes, and come back as they were."""
+        """P7: names are bytes, and come back as they were."""
         path = STORE.parse(b"/gnu/store/" + raw)
         self.assertEqual(path.encode("utf-8", "surrogateescape"), b"/gnu/store/" + raw)

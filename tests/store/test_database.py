@@ -283,7 +283,7 @@ class QueryTests(Case):
         return item(name)
 
     def test_referrers(self) -> None:
-        """P21: sorted, itself among them; none for what is not valid."""
+        """P9: sorted, itself among them; none for what is not valid."""
         self.add("a", "a")
         self.add("c", "a")
         self.add("b", "a")
@@ -291,7 +291,7 @@ class QueryTests(Case):
         self.assertEqual(self.database.referrers(item("z")), [])
 
     def test_derivations(self) -> None:
-        """P21: outputs by name, and the derivations that have an output."""
+        """P9: outputs by name, and the derivations that have an output."""
         first = self.derivation("x.drv", out="o", lib="l")
         second = self.derivation("w.drv", out="o")
         self.assertEqual(
@@ -308,7 +308,7 @@ class QueryTests(Case):
         self.assertEqual(self.database.valid_derivers(item("l")), [])
 
     def test_hash_part(self) -> None:
-        """P22: the first path with that hash part, or none; the length must be right."""
+        """P10: the first path with that hash part, or none; the length must be right."""
         self.add("b")
         self.add("a")
         find = self.database.path_from_hash_part
@@ -319,7 +319,7 @@ class QueryTests(Case):
         self.assertRaises(BadHash, find, "1" * 31)
 
     def test_all(self) -> None:
-        """P20: all valid paths, sorted by bytes."""
+        """P11: all valid paths, sorted by bytes."""
         for name in "b", "a", "B", "é":
             self.add(name)
         paths = self.database.all_valid_paths()
@@ -327,7 +327,7 @@ class QueryTests(Case):
         self.assertEqual(paths, sorted(paths, key=os.fsencode))
 
     def test_subset(self) -> None:
-        """P20: those that are valid, remembered or not; any bytes may be asked for."""
+        """P11: those that are valid, remembered or not; any bytes may be asked for."""
         names = [str(n) for n in range(600)]
         self.database.register([registration(name) for name in names])
         wanted = [item(str(n)) for n in range(500, 700)] + [STORE.child("\udcff"), item("🐃")]
@@ -343,7 +343,7 @@ class QueryTests(Case):
         self.assertEqual(other.referrers(STORE.child("\udcff")), [])
 
     def test_closure(self) -> None:
-        """P21: all that is referred to, however far; the start must be valid."""
+        """S12: all that is referred to, however far; the start must be valid."""
         self.add("a", "a")
         self.add("b", "a")
         self.add("c", "b", "c")
@@ -355,7 +355,7 @@ class QueryTests(Case):
         self.assertRaises(PathNotValid, self.database.closure, [item("a"), item("x")])
 
     def test_deep_closure(self) -> None:
-        """P21: a chain of thousands."""
+        """S12: a chain of thousands."""
         batch = [registration("0")] + [registration(str(n), str(n - 1)) for n in range(1, 3000)]
         random.Random(7).shuffle(batch)
         self.database.register(batch)

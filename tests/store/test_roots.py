@@ -99,7 +99,7 @@ class TempRootTests(SynchronousTestCase):
         self.assertEqual(holder.ask("write", self.file), "yes")
 
     def test_sync(self) -> None:
-        """P26: waits for the end of a collection."""
+        """G19: waits for the end of a collection."""
         holder = Holder(self)
         holder.ask("write", self.gc_lock)
         waiter = threading.Thread(target=sync_with_gc, args=(self.gc_lock,))
@@ -165,12 +165,12 @@ class PermanentRootTests(SynchronousTestCase):
         self.assertEqual(os.readlink(link), "/home/u/result")
 
     def test_canonical(self) -> None:
-        """P23: absolute, as text."""
+        """G6: absolute, as text."""
         cases = {"": "/", "a": "/a", "//a//b/": "/a/b", "/a/../..": "/", "./x/.": "/x"}
         self.assertEqual({text: canonical(text) for text in cases}, cases)
 
     def test_bad_indirect_root(self) -> None:
-        """P23: a name that no file can have is an error."""
+        """G6: a name that no file can have is an error."""
         self.assertRaises(StoreError, add_indirect_root, self.state, "/a\0b")
         self.assertRaises(StoreError, add_indirect_root, self.state, "/" + "x" * 5000)
 
