@@ -291,7 +291,11 @@ class GuixdService(MultiService):
 
         :raises GuixdError: an endpoint cannot be listened on.
         """
-        super().startService()  # type: ignore[no-untyped-call]
+        try:
+            super().startService()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.workers.stopService()
+            raise
         settings = self.settings
         absent = not_effective(settings)
         if absent:

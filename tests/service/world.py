@@ -19,6 +19,8 @@ from guixd.formats.wire import MORE, Source
 from guixd.testing import FakeBuilder, TemporaryDaemon
 from tests.support import temporary_directory
 
+_GREETING = Greeting()
+
 
 class RawClient(Protocol):
     """Sends bytes and waits for the daemon to close."""
@@ -94,13 +96,18 @@ class DaemonCase(TestCase):
         self.addCleanup(client.close)
         return client
 
-    async def raw(self, endpoint: Any = None, *requests: bytes | Operation[Any]) -> RawClient:
+    async def raw(
+        self,
+        endpoint: Any = None,
+        *requests: bytes | Operation[Any],
+        greeting: Greeting = _GREETING,
+    ) -> RawClient:
         """Return a client that has sent a greeting and REQUESTS."""
         client = cast(
             RawClient, await (endpoint or self.unix).connect(Factory.forProtocol(RawClient))
         )
         sent = [r if isinstance(r, bytes) else r.encode() for r in requests]
-        client.transport.write(Greeting().encode() + b"".join(sent))
+        client.transport.write(greeting.encode() + b"".join(sent))
         self.addCleanup(client.transport.loseConnection)
         return client
 

@@ -1,0 +1,115 @@
+"""The daemon as a service and as a program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from twisted.application.service import IServiceCollection
+from twisted.internet import reactor
+from twisted.trial.unittest import TestCase
+
+from guixd.client import RequestFailed
+from guixd.errors import GuixdError
+from guixd.formats.messages import LAST, Greeting
+from guixd.service.daemon import GuixdService
+from guixd.service.listening import ListenError
+from guixd.service.tap import Options, makeService
+from guixd.settings import Settings
+from guixd.testing import directories_below
+from tests.service.world import DaemonCase
+from tests.support import requires_root, temporary_directory
+
+
+class StartTests(DaemonCase):
+    tcp = True
+
+    async def test_lazy_store(self) -> None:
+        """O11: nothing of the store is made before the first session."""
+        self.assertEqual(sorted(os.listdir(self.directory)), ["tmp", "var"])
+        self.assertEqual(os.listdir(self.directory + "/var"), ["daemon-socket"])
+        await self.client()
+        self.assertTrue(os.path.exists(self.directory + "/var/db/db.sqlite"))
+
+    async def test_endpoints(self) -> None:
+        """O4: all endpoints lead to the same store."""
+        path = await (await self.client()).add_text("x", b"y")
+        self.assertTrue(await (await self.client(self.port)).is_valid_path(path))
+
+    async def test_broken_store(self) -> None:
+        """O11: each client reads what is wrong with the store, until it is repaired."""
+        os.symlink("elsewhere", self.directory + "/store")
+        os.mkdir(self.directory + "/elsewhere")
+        for _ in range(2):
+            try:
+                await self.client()
+            except RequestFailed as error:
+                self.assertIn("symlink", error.text)
+            else:
+                self.fail("was let in")
+        os.unlink(self.directory + "/store")
+        client = await self.client()
+        self.assertEqual(await client.all_valid_paths(), ())
+
+    async def test_stop(self) -> None:
+        """The socket, temporary roots and the log of the database go at the end."""
+        client = await self.client()
+        await client.add_temp_root(self.path("x"))
+        await self.daemon.stop()
+        self.assertEqual(os.listdir(self.directory + "/var/daemon-socket"), [])
+        self.assertEqual(os.listdir(self.directory + "/var/temproots"), [])
+        self.assertEqual(
+            [name for name in os.listdir(self.directory + "/var/db") if "-wal" in name], []
+        )
+
+    async def test_reserve(self) -> None:
+        """The file that reserves space is there as long as clients want it."""
+        await self.client()
+        reserved = self.directory + "/var/db/reserved"
+        self.assertTrue(os.path.exists(reserved))
+        for wanted in (False, True):
+            client = await self.raw(greeting=Greeting(reserve_space=wanted))
+            await client.received(LAST)
+            self.assertEqual(os.path.exists(reserved), wanted)
+
+    def test_parts(self) -> None:
+        """Embedders find the parts by name."""
+        parts = IServiceCollection(self.daemon.service)
+        for name in ("store", "workers", "builds", "listeners"):
+            self.assertEqual(parts.getServiceNamed(name).name, name)
+
+
+@requires_root
+class GroupTests(DaemonCase):
+    options = {"build_users_group": "no-such-group-here"}
+
+    async def test_missing_group(self) -> None:
+        """O12: the daemon runs, and each client reads which group is missing."""
+        for _ in range(2):
+            try:
+                await self.client()
+            except RequestFailed as error:
+                self.assertIn("no-such-group-here", error.text)
+            else:
+                self.fail("was let in")
+
+
+class RefusedStartTests(TestCase):
+    def test_bad_endpoint(self) -> None:
+        directory = temporary_directory(self)
+        Path(directory, "file").touch()
+        settings = Settings(directories_below(directory), listen=(directory + "/file",))
+        service = GuixdService(reactor, settings, environ={})
+        self.addCleanup(service.stopService)
+        self.assertRaises(ListenError, service.startService)
+        self.assertTrue(issubclass(ListenError, GuixdError))
+
+    def test_make_service(self) -> None:
+        """`twistd guixd` gets the same service."""
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        options = Options()
+        options.parseOptions(["--listen=/nowhere"])
+        service = makeService(options)
+        self.assertEqual(service.settings.listen, ("/nowhere",))

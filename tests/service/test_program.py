@@ -1,0 +1,214 @@
+"""guixd as a program: how it starts, what it needs, how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.formats.messages import ANSWER, LAST, Greeting
+from tests.support import is_root, require, requires, temporary_directory
+
+CHECKOUT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "guixd"]
+TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+WAIT = 30
+"""Seconds after which a program that hangs is killed, so that the test fails."""
+
+
+class Program:
+    """A running daemon, in a directory of its own."""
+
+    def __init__(
+        self, case: SynchronousTestCase, command: list[str], owner: int = -1, **more: str
+    ) -> None:
+        self.directory = temporary_directory(case, world_readable=True)
+        os.chown(self.directory, owner, owner)
+        os.mkdir(self.directory + "/tmp")
+        self.socket = self.directory + "/var/daemon-socket/socket"
+        self._ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._ready.settimeout(WAIT)
+        self._ready.bind(self.directory + "/notify")
+        os.chmod(self.directory + "/notify", 0o666)
+        case.addCleanup(self._ready.close)
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(CHECKOUT),
+            "NIX_STORE_DIR": self.directory + "/store",
+            "GUIX_STATE_DIRECTORY": self.directory + "/var",
+            "GUIX_LOG_DIRECTORY": self.directory + "/log",
+            "GUIX_CONFIGURATION_DIRECTORY": self.directory + "/etc",
+            "TMPDIR": self.directory + "/tmp",
+            "NOTIFY_SOCKET": self.directory + "/notify",
+            **more,
+        }
+        self.process = subprocess.Popen(
+            command,
+            cwd="/proc",
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            umask=0o077,
+        )
+        case.addCleanup(self._end)
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=WAIT)
+
+    def state(self) -> bytes:
+        """Return the next thing that the daemon tells the service manager."""
+        return self._ready.recv(1000)
+
+    def greet(self) -> None:
+        """Shake hands with the daemon."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(WAIT)
+            client.connect(self.socket)
+            client.sendall(Greeting().encode())
+            answer = b""
+            while LAST not in answer:
+                part = client.recv(100)
+                assert part, answer
+                answer += part
+            assert answer.startswith(ANSWER), answer
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; return the exit status and all that was printed."""
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=WAIT)
+        return self.process.returncode, output.decode()
+
+
+class ProgramTests(SynchronousTestCase):
+    def test_life(self) -> None:
+        """Started in a directory that is not writable it serves, and leaves nothing behind."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            program = Program(self, PROGRAM)
+            self.assertEqual(program.state(), b"READY=1")
+            program.greet()
+            status, output = program.end(number)
+            self.assertEqual(status, 0, output)
+            self.assertEqual(program.state(), b"STOPPING=1")
+            self.assertFalse(os.path.exists(program.socket))
+            self.assertIn("listening on", output)
+            self.assertEqual(output.count("not effective"), 1)
+            self.assertNotIn("Traceback", output)
+
+    def test_twistd(self) -> None:
+        """`twistd guixd` is the same daemon."""
+        program = Program(self, [*TWISTD, "--nodaemon", "--pidfile=", "guixd", "--cores=2"])
+        self.assertEqual(program.state(), b"READY=1")
+        program.greet()
+        status, output = program.end()
+        self.assertIn(status, (0, -signal.SIGTERM), output)
+        self.assertFalse(os.path.exists(program.socket))
+
+    def test_busy_client(self) -> None:
+        """O20: a client at work does not keep the daemon from ending."""
+        program = Program(self, PROGRAM)
+        program.state()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(program.socket)
+            client.sendall(Greeting().encode())
+            client.recv(100)
+            self.assertEqual(program.end()[0], 0)
+
+    def test_refused(self) -> None:
+        """O6, O10: what cannot be listened on, and a relative store, end with status 1."""
+        for more, environment, text in (
+            (["--listen=/proc/version"], {}, "no socket"),
+            (["--listen=/tmp/" + "n" * 110], {}, "too long"),
+            ([], {"NIX_STORE_DIR": "store"}, "not an absolute path"),
+        ):
+            program = Program(self, PROGRAM + more, **environment)
+            output = program.process.communicate(timeout=WAIT)[0].decode()
+            self.assertEqual(program.process.returncode, 1, output)
+            self.assertIn("error: ", output)
+            self.assertIn(text, output)
+            self.assertNotIn("Traceback", output)
+
+    def test_activation(self) -> None:
+        """O9: the socket of the service manager is used, --listen is not."""
+        directory = temporary_directory(self)
+        listening = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listening.close)
+        listening.bind(directory + "/passed")
+        listening.listen()
+        script = 'exec 3<&"$1"; shift; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" --listen=/proc/nowhere'
+        os.set_inheritable(listening.fileno(), True)
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(CHECKOUT),
+            "NIX_STORE_DIR": directory + "/store",
+            "GUIX_STATE_DIRECTORY": directory + "/var",
+        }
+        process = subprocess.Popen(
+            ["bash", "-c", script, "bash", str(listening.fileno()), *PROGRAM],
+            pass_fds=(listening.fileno(),),
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
+        self.addCleanup(process.communicate, timeout=WAIT)
+        self.addCleanup(process.terminate)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(WAIT)
+            client.connect(directory + "/passed")
+            client.sendall(Greeting().encode())
+            self.assertEqual(client.recv(16, socket.MSG_WAITALL), ANSWER)
+
+    def test_unprivileged(self) -> None:
+        """O27: without privileges the daemon serves, and trusts its own user."""
+        require(is_root(), "root")
+        user = ["setpriv", "--reuid=61999", "--regid=61999", "--clear-groups", "--"]
+        program = Program(self, user + PROGRAM, owner=61999)
+        self.assertEqual(program.state(), b"READY=1")
+        program.greet()
+        self.assertEqual(os.stat(program.directory + "/store").st_uid, 61999)
+        self.assertEqual(program.end()[0], 0)
+
+
+@requires(lambda: shutil.which("systemd-analyze") is not None, "systemd-analyze")
+class UnitTests(SynchronousTestCase):
+    def test_verify(self) -> None:
+        """The units are what systemd wants."""
+        units = [str(unit) for unit in (CHECKOUT / "etc").iterdir() if unit.suffix != ".conf"]
+        self.assertEqual(len(units), 4)
+        done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+
+class CommandTests(SynchronousTestCase):
+    def commands(self) -> dict[str, list[str]]:
+        """Return the command of each file in etc/ that starts the daemon."""
+        found = {}
+        for name in ("guixd.service", "guixd-rootless.service", "guixd.conf"):
+            text = (CHECKOUT / "etc" / name).read_text()
+            (line,) = re.findall(r"^(?:ExecStart=|exec )(.*)$", text, re.MULTILINE)
+            found[name] = shlex.split(line)
+        return found
+
+    def test_run(self) -> None:
+        """The commands of units and job start a daemon that serves or says why not."""
+        programs = temporary_directory(self, world_readable=True)
+        script = Path(programs, "guixd")
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
+        script.chmod(0o755)
+        for name, command in self.commands().items():
+            self.assertEqual(command[:2], ["/usr/bin/env", "guixd"])
+            group = [word for word in command if word.startswith("--build-users-group=")]
+            if group:
+                self.assertEqual(group, ["--build-users-group=guixbuild"])
+                command[command.index(group[0])] = "--build-users-group=nogroup"
+            program = Program(self, command, PATH=f"{programs}:{os.environ['PATH']}")
+            self.assertEqual(program.state(), b"READY=1", name)
+            program.greet()
+            self.assertEqual(program.end()[0], 0)
