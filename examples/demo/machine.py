@@ -23,13 +23,13 @@ def free_ids() -> tuple[int, int]:
     groups = {entry.gr_gid for entry in grp.getgrall()}
     groups |= {entry.pw_gid for entry in pwd.getpwall()}
     subordinate = _subordinate_users()
-    first = 30001
+    first = 60601
     while any(
         uid in users or any(begin <= uid < end for begin, end in subordinate)
         for uid in range(first, first + BUILD_USERS)
     ):
         first += BUILD_USERS
-    gid = 30000
+    gid = 60600
     while gid in groups:
         gid += 1
     return first, gid

@@ -33,7 +33,8 @@ TOOLS = (
     *("mkfifo", "mv", "ps", "rm", "sh", "sleep", "stat", "touch", "tr", "true", "yes"),
 )
 reactor: Any = installed
-FIRST_UID = 64100
+FIRST_UID = 200_000 + 16 * os.getpid()
+"""Other build users in each test process: who has a build user kills its processes."""
 GID = 64099
 
 

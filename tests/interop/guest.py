@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from tests.support import is_root, requires
 
@@ -91,6 +92,31 @@ def root() -> Path:
         if not (place / "sid/.complete").exists():
             _make(place / "sid")
     return place.resolve() / "sid"
+
+
+class BuildUsers:
+    """The guest's build users, for one test process of the machine at a time.
+
+    Two daemons that do not share a state directory would kill each other's builders.
+    """
+
+    _held = 0
+    _lock: IO[str] | None = None
+
+    @classmethod
+    def claim(cls) -> None:
+        """Wait until no other process has them; claims of one process add up."""
+        if not cls._held:
+            cls._lock = (directory() / "build-users").open("w")
+            fcntl.flock(cls._lock, fcntl.LOCK_EX)
+        cls._held += 1
+
+    @classmethod
+    def release(cls) -> None:
+        """Give one claim back."""
+        cls._held -= 1
+        if not cls._held and cls._lock is not None:
+            cls._lock.close()
 
 
 @cache

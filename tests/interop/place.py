@@ -55,6 +55,8 @@ class Place:
         self._tools()
         for scenario in SCENARIOS.iterdir():
             shutil.copy(scenario, self.directory / "work")
+        guest.BuildUsers.claim()
+        case.addCleanup(guest.BuildUsers.release)
         case.addCleanup(self.stop)
 
     def _tools(self) -> None:
