@@ -138,6 +138,9 @@ class Daemon:
             self._process = subprocess.Popen(
                 ["sh", "-c", activate, "sh", *self.view(command)],
                 stdin=listening.fileno(), stdout=output, stderr=output, env=environment, cwd="/",
+                # The kernel shares the processors out between sessions; one process per
+                # client must not get more of them than one for all just by being more.
+                start_new_session=True,
             )  # fmt: skip
         try:
             self.connect().close()
