@@ -17,7 +17,7 @@ from guixd.build.request import BuildRequest
 from guixd.build.threads import Threads, pool_threads
 from guixd.errors import Busy, StoreError
 from guixd.formats.messages import Greeting
-from guixd.formats.path import StoreDirectory
+from guixd.formats.path import StoreDirectory, StorePath
 from guixd.service import adding, building, changes, queries
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
@@ -27,6 +27,7 @@ from guixd.service.notify import notify
 from guixd.service.options import not_effective
 from guixd.service.session import Handlers, Session, presentable
 from guixd.settings import Settings
+from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
 
 _log = Logger()
@@ -51,6 +52,7 @@ class Daemon:
     """The store and what builds in it; both begin when they are first needed.
 
     :ivar uid: who the daemon runs as.
+    :ivar encoded_infos: what is known of paths, and the replies that say so.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Daemon:
         self._make_builder = builder
         self._builder: Builder | None = None
         self._store: LocalStore | None = None
+        self.encoded_infos: dict[StorePath, tuple[PathInfo, bytes]] = {}
         self._reserving = True
         self._users: dict[int, float] = {}
 
@@ -88,7 +91,7 @@ class Daemon:
     def _session(self, connection: Connection, greeting: Greeting) -> Session:
         try:
             store = self._open_store(greeting.reserve_space)
-            session = Session(self, store, connection, HANDLERS)
+            session = Session(self, store, connection, HANDLERS, queries.QUICK)
         except OSError as error:
             raise presentable(error) from error
         peer = connection.peer

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from guixd.formats import operations as op
+from guixd.formats.operations import encode_reply
 from guixd.formats.path import StorePath
-from guixd.service.session import Handlers, Session
+from guixd.formats.wire import FLAG
+from guixd.service.session import Handlers, QuickHandlers, Session
 from guixd.store.queries import Queries
 
 BUILTIN_BUILDERS = ("download", "git-download")
+MOST_ENCODED = 4096
+"""How many encoded replies are kept."""
+_TRUE, _FALSE = FLAG.encode(True), FLAG.encode(False)
 
 
 def is_valid(session: Session, request: op.IsValidPath) -> bool:
-    path = session.store.directory.parse(request.path)
-    return session.store.database.is_valid(path)
+    # Whatever is valid is in the store.
+    path = request.path
+    if session.store.database.is_valid(path):
+        return True
+    session.store.directory.parse(path)
+    return False
+
+
+def quick_is_valid(session: Session, request: op.IsValidPath) -> bytes:
+    return _TRUE if is_valid(session, request) else _FALSE
 
 
 def valid_paths(session: Session, request: op.QueryValidPaths) -> Iterable[StorePath]:
@@ -39,6 +52,20 @@ def path_info(session: Session, request: op.QueryPathInfo) -> op.PathInfoReply:
     return op.PathInfoReply(
         info.deriver, info.nar_hash.hex(), info.references, info.registration_time, info.nar_size
     )
+
+
+def quick_path_info(session: Session, request: op.QueryPathInfo) -> bytes:
+    known = session.daemon.encoded_infos
+    info = session.store.database.path_info(request.path)
+    pair = known.get(request.path)
+    # The database returns the same object as long as nothing has changed.
+    if pair is not None and pair[0] is info:
+        return pair[1]
+    reply = encode_reply(request, path_info(session, request))
+    if len(known) >= MOST_ENCODED:
+        known.clear()
+    known[request.path] = info, reply
+    return reply
 
 
 def path_hash(session: Session, request: op.QueryPathHash) -> str:
@@ -120,4 +147,9 @@ HANDLERS: Handlers = {
     op.QuerySubstitutablePathInfo: substitutable_info,
     op.QuerySubstitutablePathInfos: substitutable,
     op.QuerySubstitutablePaths: substitutable,
+}
+
+QUICK: QuickHandlers = {
+    op.IsValidPath: quick_is_valid,
+    op.QueryPathInfo: quick_path_info,
 }
