@@ -8,6 +8,7 @@ from typing import Protocol
 from guixd.errors import BadHash
 
 BASE32_ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
+_PAIRS = [high + low for high in BASE32_ALPHABET for low in BASE32_ALPHABET]
 _VALUES = {ord(c): i for i, c in enumerate(BASE32_ALPHABET)}
 
 
@@ -58,9 +59,9 @@ def to_base32(digest: bytes) -> str:
     """Write DIGEST in nix-base32: a little-endian number, most significant digit first."""
     number = int.from_bytes(digest, "little")
     length = (len(digest) * 8 + 4) // 5
-    return "".join(
-        [BASE32_ALPHABET[number >> shift & 31] for shift in range(5 * (length - 1), -1, -5)]
-    )
+    # Two digits at a time; of an odd number the first one is too many.
+    shifts = range(10 * ((length + 1) // 2 - 1), -1, -10)
+    return "".join([_PAIRS[number >> shift & 1023] for shift in shifts])[length & 1 :]
 
 
 def from_base32(text: str, size: int) -> bytes:
