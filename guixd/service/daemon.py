@@ -11,20 +11,17 @@ from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
-from twisted.python.threadpool import ThreadPool
 
 from guixd.build.request import BuildRequest
-from guixd.build.threads import Threads, pool_threads
+from guixd.build.threads import Threads
 from guixd.errors import Busy, StoreError
 from guixd.formats.messages import Greeting
-from guixd.formats.path import StoreDirectory, StorePath
+from guixd.formats.path import StorePath
 from guixd.service import adding, building, changes, queries
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
-from guixd.service.listener import Listener
-from guixd.service.listening import BoundSocket, open_all
-from guixd.service.notify import notify
 from guixd.service.options import not_effective
+from guixd.service.parts import Builds, Listeners, Store, Workers
 from guixd.service.session import Handlers, Session, presentable
 from guixd.settings import Settings
 from guixd.store.items import PathInfo
@@ -32,7 +29,6 @@ from guixd.store.local import LocalStore
 
 _log = Logger()
 
-WORKER_THREADS = 4
 STORE_RETRY = 0.2
 """Seconds until a store that another process has for itself is tried again."""
 USER_CHECK = 60.0
@@ -95,10 +91,10 @@ class Daemon:
         except OSError as error:
             raise presentable(error) from error
         peer = connection.peer
+        if self.settings.debug:  # otherwise not even the event is made
+            _log.debug("accepted connection from {peer}", peer=peer or "TCP")
         if peer is None:
-            _log.debug("accepted connection by TCP")
             return session
-        _log.debug("accepted connection: process {peer.pid}, user {peer.uid}", peer=peer)
         now = self.reactor.seconds()
         if self._users.get(peer.uid, now) <= now:
             self._users[peer.uid] = now + USER_CHECK
@@ -163,96 +159,6 @@ def build_gid(settings: Settings) -> int | None:
             f"the group '{settings.build_users_group}' specified in 'build-users-group'"
             " does not exist"
         ) from None
-
-
-class Store(Service):
-    """The store, which is opened by the first session."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
-
-    def stopService(self) -> None:
-        """Close it."""
-        super().stopService()  # type: ignore[no-untyped-call]
-        self._daemon.close_store()
-
-
-class Builds(Service):
-    """What builds, which begins with the first build."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
-
-    def stopService(self) -> Deferred[None]:
-        """End all builds; the Deferred fires when nothing of them is left."""
-        super().stopService()  # type: ignore[no-untyped-call]
-        return Deferred.fromCoroutine(self._daemon.stop_builds())
-
-
-class Workers(Service):
-    """The worker threads.
-
-    :ivar threads: calls functions in them.
-    """
-
-    def __init__(self, reactor: Reactor) -> None:
-        self._pool = ThreadPool(0, WORKER_THREADS, "guixd-worker")
-        self.threads = pool_threads(reactor, self._pool)
-
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        self._pool.start()
-
-    def stopService(self) -> None:
-        if self.running:
-            super().stopService()  # type: ignore[no-untyped-call]
-            self._pool.stop()
-
-
-class Listeners(Service):
-    """The sockets and the connections that came over them."""
-
-    def __init__(self, reactor: Reactor, daemon: Daemon, environ: Mapping[str, str]) -> None:
-        self._reactor = reactor
-        self._daemon = daemon
-        self._environ = environ
-        self._sockets: list[BoundSocket] = []
-        self._listeners: list[Listener] = []
-
-    @property
-    def descriptions(self) -> tuple[str, ...]:
-        """What is listened on, as the log names it."""
-        return tuple(bound.description for bound in self._sockets)
-
-    def startService(self) -> None:
-        """Listen.
-
-        :raises GuixdError: an endpoint cannot be listened on.
-        """
-        settings = self._daemon.settings
-        endpoints = settings.listen or (settings.directories.socket,)
-        self._sockets = open_all(endpoints, self._environ)
-        super().startService()  # type: ignore[no-untyped-call]
-        store = StoreDirectory(settings.directories.store)
-        for bound in self._sockets:
-            listener = Listener(self._reactor, bound.socket, self._daemon.session, store=store)
-            listener.start()
-            self._listeners.append(listener)
-            _log.info("listening on {endpoint}", endpoint=bound.description)
-        notify(self._environ, "READY=1")
-
-    async def _stop(self) -> None:
-        notify(self._environ, "STOPPING=1")
-        for listener in self._listeners:
-            await listener.stop()
-        for bound in self._sockets:
-            bound.close()
-        self._listeners, self._sockets = [], []
-
-    def stopService(self) -> Deferred[None]:
-        """Stop listening and disconnect everybody, which cancels their work."""
-        super().stopService()  # type: ignore[no-untyped-call]
-        return Deferred.fromCoroutine(self._stop())
 
 
 class GuixdService(MultiService):
