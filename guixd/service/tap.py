@@ -10,6 +10,7 @@ from typing import Any
 from twisted.application.service import IService
 from twisted.logger import (
     FilteringLogObserver,
+    Logger,
     LogLevel,
     LogLevelFilterPredicate,
     globalLogBeginner,
@@ -19,7 +20,10 @@ from twisted.logger import (
 from guixd.errors import GuixdError
 from guixd.service.daemon import GuixdService
 from guixd.service.options import Options
+from guixd.service.storemount import make_writable
 from guixd.settings import Settings
+
+_log = Logger()
 
 __all__ = ["Options", "makeService", "run"]
 
@@ -36,6 +40,13 @@ def _make(settings: Settings) -> GuixdService:
     from twisted.internet import reactor
 
     sys.setswitchinterval(SWITCH_INTERVAL)
+    store = settings.directories.store
+    try:
+        if make_writable(store):
+            _log.info("the read-only mount of {store} is writable for this daemon", store=store)
+    except OSError as error:
+        # Each client will read it, too; perhaps it is mounted anew until then.
+        _log.error("cannot make {store} writable: {error}", store=store, error=error)
     return GuixdService(reactor, settings)
 
 

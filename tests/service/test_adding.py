@@ -312,6 +312,16 @@ class BusyTests(AddingCase):
         await sync
         self.assertTrue(await client.is_valid_path(path))
 
+    async def test_store(self) -> None:
+        """While another process has the whole store, clients wait for the end of the handshake."""
+        os.makedirs(self.directory + "/var/db")
+        holder = await self.hold(self.directory + "/var/db/big-lock")
+        waiting = await self.raw()
+        await waiting.received(b"big lock")
+        self.assertNotIn(LAST, waiting.data)
+        holder.stdin.close()
+        await waiting.received(LAST)
+
     async def test_leaving(self) -> None:
         """A client that waits for a lock can leave."""
         collector = await self.hold(self.directory + "/var/gc.lock")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import shlex
@@ -165,6 +166,21 @@ class ProgramTests(SynchronousTestCase):
             client.sendall(Greeting().encode())
             self.assertEqual(client.recv(16, socket.MSG_WAITALL), ANSWER)
 
+    def test_read_only_store(self) -> None:
+        """Root can use a store that is mounted read-only for everybody else."""
+        require(is_root(), "root")
+        store = temporary_directory(self)
+        bind = ["mount", "--bind", store, store]
+        subprocess.run(bind, check=True)
+        self.addCleanup(subprocess.run, ["umount", store], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", store], check=True)
+        program = Program(self, PROGRAM, NIX_STORE_DIR=store)
+        program.state()
+        program.greet()
+        self.assertIn(".links", os.listdir(store))
+        self.assertRaises(OSError, os.mkdir, store + "/x")
+        self.assertEqual(program.end()[0], 0)
+
     def test_unprivileged(self) -> None:
         """O27: without privileges the daemon serves, and trusts its own user."""
         require(is_root(), "root")
@@ -207,7 +223,9 @@ class CommandTests(SynchronousTestCase):
             group = [word for word in command if word.startswith("--build-users-group=")]
             if group:
                 self.assertEqual(group, ["--build-users-group=guixbuild"])
-                command[command.index(group[0])] = "--build-users-group=nogroup"
+                command[command.index(group[0])] = (
+                    f"--build-users-group={grp.getgrgid(os.getgid()).gr_name}"
+                )
             program = Program(self, command, PATH=f"{programs}:{os.environ['PATH']}")
             self.assertEqual(program.state(), b"READY=1", name)
             program.greet()
