@@ -31,6 +31,10 @@ class ChangeMark(Protocol):
         """Whether between two states, in the second of which one commit of this
         connection ended, nobody else has committed anything."""
 
+    @property
+    def log_pages(self) -> int:
+        """How many pages the write-ahead log has; 0 if unknown."""
+
 
 class MappedMark:
     """The header of the WAL index, where SQLite has mapped it.
@@ -48,6 +52,10 @@ class MappedMark:
     def only_mine(self, before: bytes, after: bytes) -> bool:
         # The third word counts commits, also of those who are not us.
         return _commits(after) - _commits(before) & 0xFFFFFFFF <= 1
+
+    @property
+    def log_pages(self) -> int:
+        return int(struct.unpack_from("=I", self._header.raw, 16)[0])
 
 
 def _commits(header: bytes) -> int:
@@ -68,6 +76,10 @@ class PragmaMark:
     def only_mine(self, before: bytes, after: bytes) -> bool:
         return before == after
 
+    @property
+    def log_pages(self) -> int:
+        return 0
+
 
 class ClosedMark:
     """What stands for the mark of a closed database."""
@@ -78,6 +90,10 @@ class ClosedMark:
 
     def only_mine(self, before: bytes, after: bytes) -> bool:
         return False
+
+    @property
+    def log_pages(self) -> int:
+        return 0
 
 
 def find_mark(connection: sqlite3.Connection, file: str) -> ChangeMark:

@@ -16,6 +16,7 @@ from guixd.store.schema import prepare, store_error
 
 _MAXIMUM_KNOWN = 1 << 16
 _MAXIMUM_INFOS = 1 << 14
+_CHECKPOINT_PAGES = 4000
 
 
 class Database(Queries):
@@ -37,6 +38,7 @@ class Database(Queries):
         super().__init__(directory, store, read_only=False)
         self._clock = clock
         self._seen = self._mark.raw
+        self._copied_pages = 0
         self._known: dict[str, int] = {}  # row numbers; 0 for what is not valid
         self._infos: dict[str, PathInfo] = {}
 
@@ -44,12 +46,20 @@ class Database(Queries):
         """Open another connection, to read in a thread; the caller closes it there."""
         return Queries(self.directory, self.store)
 
+    def checkpoint_due(self) -> bool:
+        """Whether the write-ahead log has grown so much that `checkpoint` is worth it."""
+        pages = self._mark.log_pages
+        self._copied_pages = min(self._copied_pages, pages)  # the log has begun anew
+        return pages - self._copied_pages >= _CHECKPOINT_PAGES
+
     def checkpoint(self) -> Callable[[], None]:
         """Return a function that copies the write-ahead log into the database.
 
-        It is for a thread: it may take long, and nobody waits for it meanwhile.
+        It is for a thread: it may take long, and nobody waits for it meanwhile.  Left
+        undone, SQLite does it by itself in some commit, when the log is very long.
         """
         directory, store = self.directory, self.store
+        self._copied_pages = self._mark.log_pages
 
         def run() -> None:
             queries = Queries(directory, store, read_only=False)

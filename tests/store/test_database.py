@@ -15,6 +15,7 @@ from guixd.errors import BadHash, Busy, PathNotValid, ReferencesCycle, StoreErro
 from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store import changes
+from guixd.store import database as database_module
 from guixd.store.database import Database
 from guixd.store.items import PathInfo, Registration
 from tests.support import temporary_directory
@@ -484,18 +485,30 @@ class ForeignTests(Case):
         self.add("b", "a")
         self.assertEqual(self.open().all_valid_paths(), [item("a"), item("b")])
 
+    def test_checkpoint_due(self) -> None:
+        """S14: it is due after many commits, and not again at once."""
+        self.patch(database_module, "_CHECKPOINT_PAGES", 10)
+        self.database.checkpoint()()
+        self.assertFalse(self.database.checkpoint_due())
+        for n in range(10):
+            self.add(str(n))
+        self.assertTrue(self.database.checkpoint_due())
+        self.database.checkpoint()()
+        self.assertFalse(self.database.checkpoint_due())
+        self.add("a")  # the log begins anew
+        self.assertFalse(self.database.checkpoint_due())
+        for n in range(10):
+            self.add(f"x{n}")
+        self.assertTrue(self.database.checkpoint_due())
+
     def test_bounded_memory(self) -> None:
         """S14: asking for many names does not fill the memory."""
-        from unittest.mock import patch
-
-        with (
-            patch("guixd.store.database._MAXIMUM_KNOWN", 10),
-            patch("guixd.store.database._MAXIMUM_INFOS", 3),
-        ):
-            for n in range(25):
-                self.add(str(n))
-                self.assertFalse(self.database.is_valid(item(f"x{n}")))
-                self.database.valid_paths([item(f"y{n}{m}") for m in range(4)])
-                self.assertLessEqual(len(self.database._known), 10)
-                self.assertLessEqual(len(self.database._infos), 3)
-            self.assertEqual(len(self.database.valid_paths(map(item, map(str, range(25))))), 25)
+        self.patch(database_module, "_MAXIMUM_KNOWN", 10)
+        self.patch(database_module, "_MAXIMUM_INFOS", 3)
+        for n in range(25):
+            self.add(str(n))
+            self.assertFalse(self.database.is_valid(item(f"x{n}")))
+            self.database.valid_paths([item(f"y{n}{m}") for m in range(4)])
+            self.assertLessEqual(len(self.database._known), 10)
+            self.assertLessEqual(len(self.database._infos), 3)
+        self.assertEqual(len(self.database.valid_paths(map(item, map(str, range(25))))), 25)
