@@ -70,6 +70,8 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("bench/profile_build.py needs root")
     in_private_mounts()
+    guest.root()
+    guest.BuildUsers.claim()
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with journaled(directory / "guixd/bench", 4) as place:
         workload = Builds(1, guest.root() / "bin/busybox")

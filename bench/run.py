@@ -136,6 +136,8 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("bench/run.py needs root: for build users, and for a file system of its own")
     in_private_mounts()
+    guest.root()
+    guest.BuildUsers.claim()
     with journaled(options.directory, options.size) as place:
         facts = machine(place)
         compared = daemons(options, place)

@@ -31,6 +31,9 @@ TOOLS = (
 GUIXD = "guixd"
 STOCK = "guix-daemon"
 
+VERIFIED = ["reading the store...", "checking path existence...", "checking hashes..."]
+"""What the stock daemon says of a store that is all right."""
+
 
 class Place:
     """Directories of one store, the daemons that serve it, and their clients.
@@ -67,8 +70,12 @@ class Place:
         for tool in TOOLS:
             (tools / tool).symlink_to("busybox")
 
-    def start(self, daemon: str, *options: str, name: str = "socket") -> None:
-        """Start DAEMON, `GUIXD` or `STOCK`, with OPTIONS, on the socket NAME."""
+    def start(self, daemon: str, *options: str, name: str = "socket", tcp: bool = False) -> None:
+        """Start DAEMON, `GUIXD` or `STOCK`, with OPTIONS.
+
+        :param name: of its socket, in the directory that has the usual one.
+        :param tcp: let it listen on `port` of this machine's loopback instead.
+        """
         assert name not in self._processes
         if daemon == GUIXD:
             base = Path("/")
@@ -86,18 +93,38 @@ class Place:
             "PYTHONDONTWRITEBYTECODE": "1",
             **self.names,
         }
-        path = self.directory / "state/daemon-socket" / name
-        path.unlink(missing_ok=True)
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(path))
-        path.chmod(0o666)
-        listening.listen(64)
+        listening = self._listen_tcp() if tcp else self._listen(name)
         activate = 'exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
         with listening, (self.directory / "daemon.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 ["sh", "-c", activate, "sh", *guest.view(base, self.binds, command)],
                 stdin=listening.fileno(), stdout=log, stderr=log, env=environment, cwd="/",
             )  # fmt: skip
+
+    def _listen(self, name: str) -> socket.socket:
+        path = self.directory / "state/daemon-socket" / name
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
+        path.chmod(0o666)
+        listening.listen(64)
+        return listening
+
+    def _listen_tcp(self) -> socket.socket:
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listening.getsockname()[1]
+        return listening
+
+    def kill(self, number: int) -> None:
+        """Send signal NUMBER to all daemons, which it ends."""
+        while self._processes:
+            _, process = self._processes.popitem()
+            process.send_signal(number)
+            process.wait(20)
+
+    def logs(self) -> list[Path]:
+        """Return the logs of builds, at their place on this machine."""
+        return [file for file in (self.directory / "log").rglob("*") if file.is_file()]
 
     def stop(self) -> None:
         """Stop all daemons and wait for their ends."""

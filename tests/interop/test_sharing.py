@@ -7,12 +7,10 @@ import subprocess
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.interop.guest import requires_guest
-from tests.interop.place import GUIXD, STOCK, Facts, Place
+from tests.interop.place import GUIXD, STOCK, VERIFIED, Facts, Place
 
 OTHER = "other-socket"
 OTHER_ENVIRONMENT = {"GUIX_DAEMON_SOCKET": f"/var/guix/daemon-socket/{OTHER}"}
-
-VERIFIED = ["reading the store...", "checking path existence...", "checking hashes..."]
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> str:

@@ -1,17 +1,19 @@
 # sh view.sh BASE USER [SOURCE:PLACE]... -- COMMAND...
 #
 # Run COMMAND with the directory BASE as its root and each SOURCE at PLACE, in mount
-# and network namespaces that are its own.  The root is a tmpfs with the entries of
+# and network namespaces that are its own (with VIEW_NET=host in the machine's network).  The root is a tmpfs with the entries of
 # BASE bound into it, so that PLACE need not exist in BASE and nothing is made there.
 # /proc, /sys, /dev and /tmp are those of the machine; /mnt is empty.  USER is a uid, or "-".
 set -eu
 if [ "${VIEW_STAGE:-0}" = 0 ]; then
-  VIEW_STAGE=1 exec unshare --mount --net --propagation private sh "$0" "$@"
+  net=--net
+  [ "${VIEW_NET:-}" != host ] || net=
+  VIEW_STAGE=1 exec unshare --mount $net --propagation private sh "$0" "$@"
 fi
 unset VIEW_STAGE
 base=${1%/} user=$2 new=/mnt
 shift 2
-ip link set lo up
+[ "${VIEW_NET:-}" = host ] || ip link set lo up
 mount -t tmpfs -o mode=755 view "$new"
 here=$PWD
 
