@@ -183,7 +183,7 @@ class BuildUserTests(_WithLauncher, TestCase):
     async def test_kill_user(self) -> None:
         """X20, X22: all processes of a user die, and he alone is concerned."""
         uid = free_uid()
-        command = [BUSYBOX, "sh", "-c", "echo up; sleep 1000; true"]
+        command = [BUSYBOX, "sh", "-c", "echo up; exec sleep 1000"]
         mine, other = (
             subprocess.Popen(
                 command,

@@ -1,0 +1,194 @@
+"""The directories of builds, and who can get at them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.build.users import BuildUser
+from guixd.build.workspace import Workspace
+from guixd.errors import StoreError
+from guixd.formats.path import StoreDirectory
+from tests.support import requires_root, temporary_directory
+
+CLIENT = 61_000
+BUILDER = BuildUser("builder", 61_001, 61_002, (61_002,))
+
+
+def mode(path: str) -> int:
+    """Return the permissions of PATH."""
+    return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+class _Workspaces(SynchronousTestCase):
+    user: BuildUser | None = None
+
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self, world_readable=True)
+        os.mkdir(self.directory + "/store")
+        self.store = StoreDirectory(self.directory + "/store")
+        self.drv = self.store.child("0" * 32 + "-x.drv")
+        self.outside = self.directory + "/guix-build-x.drv-0"
+
+    def create(self, use_chroot: bool = True, **files: bytes) -> Workspace:
+        workspace = Workspace.create(
+            self.drv,
+            temporary=self.directory,
+            use_chroot=use_chroot,
+            user=self.user,
+            files=files,
+        )
+        self.addCleanup(workspace.remove)
+        return workspace
+
+
+class WorkspaceTests(_Workspaces):
+    def test_container(self) -> None:
+        """X18: names and modes, and that all of it goes."""
+        workspace = self.create(graph=b"text")
+        self.assertEqual(workspace.outside, self.outside)
+        self.assertEqual(workspace.build_directory, self.outside + "/top")
+        self.assertEqual(workspace.root, self.drv + ".chroot/top")
+        modes = [mode(name) for name in (workspace.outside, workspace.build_directory)]
+        self.assertEqual(modes, [0o700, 0o700])
+        modes = [mode(name) for name in (self.drv + ".chroot", self.drv + ".chroot/top")]
+        self.assertEqual(modes, [0o750, 0o750])
+        self.assertEqual(mode(self.outside + "/top/graph"), 0o644)
+        workspace.remove()
+        workspace.remove()
+        self.assertEqual(os.listdir(self.directory), ["store"])
+        self.assertEqual(os.listdir(self.store.path), [])
+
+    def test_plain(self) -> None:
+        """X18: without a container the builder reaches its directory by name."""
+        workspace = self.create(False, graph=b"text")
+        self.assertEqual(workspace.build_directory, self.outside)
+        self.assertIsNone(workspace.root)
+        self.assertEqual(os.listdir(self.outside), ["graph"])
+
+    def test_taken_names(self) -> None:
+        """X33, CVE-2025-52991: a name that exists, of whatever kind, is never used."""
+        os.mkdir(self.outside)
+        os.symlink(self.store.path, self.outside[:-1] + "1")
+        Path(self.outside[:-1] + "2").touch()
+        self.assertEqual(self.create().outside, self.outside[:-1] + "3")
+        self.assertEqual(os.listdir(self.outside), [])
+
+    def test_stale_chroot(self) -> None:
+        """X18: what an earlier build left in the way is deleted."""
+        os.makedirs(self.drv + ".chroot/top/old")
+        root = self.create().root
+        assert root is not None
+        self.assertEqual(os.listdir(root), [])
+
+    def test_failure(self) -> None:
+        """X25: when not all can be made, nothing is left."""
+        with self.assertRaises(OSError):
+            Workspace.create(
+                self.drv,
+                temporary=self.directory,
+                use_chroot=True,
+                user=self.user,
+                files={"no/such": b""},
+            )
+        self.assertEqual(os.listdir(self.directory), ["store"])
+
+    def test_store_of_builder(self) -> None:
+        """X32: a directory above the outputs that became a link is not followed."""
+        workspace = self.create()
+        assert workspace.root is not None
+        inner = workspace.root + self.store.path
+        os.makedirs(inner)
+        descriptor = workspace.open_store(self.store.path)
+        self.assertTrue(os.path.samestat(os.fstat(descriptor), os.stat(inner)))
+        os.close(descriptor)
+        first = workspace.root + "/" + self.store.path.split("/")[1]
+        os.rename(first, workspace.root + "/moved")
+        os.symlink("/" + self.store.path.split("/")[1], first)
+        self.assertRaises(StoreError, workspace.open_store, self.store.path)
+
+
+@requires_root
+class BuildUserTests(_Workspaces):
+    user = BUILDER
+
+    def test_owners(self) -> None:
+        """X18: the build user has the build directory, its group the root."""
+        workspace = self.create(graph=b"")
+        owners = {
+            name: (os.lstat(name).st_uid, os.lstat(name).st_gid)
+            for name in (
+                workspace.outside,
+                workspace.build_directory,
+                workspace.build_directory + "/graph",
+                self.drv + ".chroot",
+                self.drv + ".chroot/top",
+            )
+        }
+        self.assertEqual(
+            list(owners.values()), [(0, 0), (61_001, 61_002), (0, 0), (0, 0), (0, 61_002)]
+        )
+
+    def fill(self, workspace: Workspace) -> str:
+        """Make files of the build user; return the name of the tree."""
+        tree = workspace.build_directory
+        script = (
+            f"cd {tree}; mkdir d; echo > d/f; chmod 6777 d/f; chmod 777 d .; ln -s /etc/shadow l"
+        )
+        os.chmod(workspace.outside, 0o711)  # So that the builder reaches it here.
+        subprocess.run(["sh", "-c", script], user=61_001, group=61_002, check=True)
+        os.chmod(workspace.outside, 0o700 if tree != workspace.outside else 0o777)
+        return tree
+
+    def test_keep_for_client(self) -> None:
+        """X23, CVE-2021-27851: the client gets the tree, without dangerous modes."""
+        for use_chroot in True, False:
+            workspace = self.create(use_chroot)
+            self.fill(workspace)
+            kept = workspace.keep(CLIENT, 61_003)
+            self.assertEqual((kept.path, kept.problem), (workspace.outside, ""))
+            workspace.remove()
+            self.assertEqual(os.listdir(self.store.path), [])
+            names = ("", "/d", "/d/f", "/l")
+            found = [os.lstat(kept.path + name) for name in names]
+            self.assertEqual([s.st_uid for s in found], [CLIENT] * 4)
+            self.assertEqual([s.st_gid for s in found], [61_003] * 4)
+            self.assertEqual([mode(kept.path + name) for name in names[:3]], [0o755, 0o775, 0o775])
+            self.assertEqual(os.stat("/etc/shadow").st_uid, 0)
+            self.assertEqual(
+                sorted(os.listdir(self.directory)), [os.path.basename(kept.path), "store"]
+            )
+            subprocess.run(["rm", "-r", kept.path], check=True)
+
+    def test_keep_for_root(self) -> None:
+        """X23: for root, or nobody known, the tree stays closed."""
+        for uid in 0, None:
+            workspace = self.create()
+            self.fill(workspace)
+            kept = workspace.keep(uid, None)
+            self.assertEqual(mode(kept.path), 0o700)
+            self.assertEqual(os.lstat(kept.path + "/top/d/f").st_uid, 61_001)
+            subprocess.run(["rm", "-r", kept.path], check=True)
+
+    def test_keep_refused(self) -> None:
+        """X23, CVE-2021-27851: a file with a name elsewhere is given to nobody."""
+        secret = self.directory + "/secret"
+        Path(secret).touch()
+        workspace = self.create()
+        os.link(secret, workspace.build_directory + "/link")
+        kept = workspace.keep(CLIENT, 61_003)
+        self.assertNotEqual(kept.problem, "")
+        self.assertEqual((os.stat(secret).st_uid, mode(kept.path)), (0, 0o700))
+        subprocess.run(["rm", "-r", kept.path], check=True)
+
+    def test_nobody_enters(self) -> None:
+        """X33, CVE-2024-38531: whatever the builder permits, others do not reach the tree."""
+        tree = self.fill(self.create())
+        others = subprocess.run(
+            ["stat", tree + "/d"], user=CLIENT, group=CLIENT, check=False, stderr=subprocess.DEVNULL
+        )
+        self.assertNotEqual(others.returncode, 0)
