@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
@@ -14,7 +14,6 @@ from guixd.build.broadcast import Observer
 from guixd.build.claims import Claims
 from guixd.build.container import Host
 from guixd.build.goals import RequestRun
-from guixd.build.launcher import ZygoteLauncher
 from guixd.build.plan import Goal, Planner
 from guixd.build.request import BuildMode, BuildRequest
 from guixd.build.scheduler import Scheduler, Share
@@ -154,20 +153,3 @@ class Engine:
         waiter: Deferred[None] = Deferred()
         build.ended.addCallback(lambda _: waiter.callback(None))
         return waiter
-
-
-class Site(Protocol):
-    """What a daemon provides to the builder."""
-
-    @property
-    def reactor(self) -> Any: ...
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def threads(self) -> Threads: ...
-
-
-def make_builder(site: Site, store: LocalStore) -> Engine:
-    """Return the builder of a daemon, which starts builders through a zygote."""
-    launcher = ZygoteLauncher(site.reactor)
-    return Engine(site.reactor, site.settings, store, launcher, site.threads)

@@ -136,6 +136,7 @@ class World:
         self.engine = Engine(clock or reactor, self.settings, self.store, self.launcher, threads)
         case.addCleanup(self._close)
         self._shell: StorePath | None = None
+        self._hashes: dict[StorePath, bytes] = {}
 
     async def _stop(self) -> None:
         await self.engine.stop()
@@ -207,7 +208,7 @@ class World:
             environment=variables,
         )
         paths = derivation.compute_output_paths(
-            drv, name, self.store.directory, HashCache(self.store.read_derivation)
+            drv, name, self.store.directory, HashCache(self.store.read_derivation, self._hashes)
         )
         drv = replace(
             drv,
