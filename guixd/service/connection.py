@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import socket as sockets
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from enum import Enum
-from struct import Struct
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReadWriteDescriptor
@@ -34,6 +31,8 @@ from guixd.formats.messages import (
 from guixd.formats.operations import CollectGarbage, Operation, Requests
 from guixd.formats.path import StoreDirectory
 from guixd.formats.wire import MORE, Bytes, Data, Source
+from guixd.service.contract import Peer as Peer
+from guixd.service.contract import Session, State, StreamConsumer, peer_credentials
 from guixd.service.hangup import HangupWatch
 
 _log = Logger()
@@ -53,90 +52,22 @@ LINGER_BYTES: Final = 64 * 1024 * 1024
 
 # Every read lands here first; what is not used up is copied before the next.
 _BUFFER: Final = bytearray(256 * 1024)
-_credentials = Struct("3i")
 _REMOTE_REFUSES: Final = {
     CollectGarbage.opcode: "garbage collection is not allowed for clients that connect by TCP"
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end of a Unix socket, as the kernel knew at its connect."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-class Session(Protocol):
-    """What a connection needs of who gives requests their meaning."""
-
-    def handle(self, operation: Operation[Any]) -> bytes | Awaitable[bytes]:
-        """Carry out a request and return its encoded reply, now or later.
-
-        Later means a Deferred or a coroutine; it is cancelled if the client leaves.
-        A `ProtocolError` ends the connection after the client has got the text,
-        and so does any error while the stream is taken over; after another
-        `GuixdError` the connection goes on.
-        """
-        ...
-
-    def paused(self) -> None:
-        """The client reads slower than we write; make nothing more for it."""
-        ...
-
-    def resumed(self) -> None:
-        """The client has caught up."""
-        ...
-
-    def disconnected(self) -> None:
-        """The connection is over and so is its work; called once."""
-        ...
-
-
-class StreamConsumer(Protocol):
-    """Gets raw bytes of the client, see `Connection.take_over`."""
-
-    def received(self, data: bytes) -> None:
-        """Use DATA, now or later."""
-        ...
-
-
 SessionFactory: TypeAlias = "Callable[[Connection, Greeting], Session | Awaitable[Session]]"
 
 
-class _State(Enum):
-    GREETING = "greeting"
-    READY = "ready"
-    """Between requests or within the arguments of one."""
-    WORKING = "working"
-    ANSWERING = "answering"
-    """The client has to answer a READ."""
-    STREAMING = "streaming"
-    """Somebody has taken over the stream."""
-    LINGERING = "lingering"
-    """All is said; wait a moment so that the client gets it."""
-    CLOSING = "closing"
-    """The client sends nothing more; it shall get the replies."""
-    CLOSED = "closed"
-
-
-_GREETING = _State.GREETING
-_READY = _State.READY
-_WORKING = _State.WORKING
-_STREAMING = _State.STREAMING
-_ANSWERING = _State.ANSWERING
-_LINGERING = _State.LINGERING
-_CLOSING = _State.CLOSING
-_CLOSED = _State.CLOSED
-
-
-def peer_credentials(socket: sockets.socket) -> Peer | None:
-    """Return who is at the other end; None if it is not a Unix socket."""
-    if socket.family != sockets.AF_UNIX:
-        return None
-    raw = socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _credentials.size)
-    return Peer(*_credentials.unpack(raw))
+_GREETING = State.GREETING
+_READY = State.READY
+_WORKING = State.WORKING
+_STREAMING = State.STREAMING
+_ANSWERING = State.ANSWERING
+_LINGERING = State.LINGERING
+_CLOSING = State.CLOSING
+_CLOSED = State.CLOSED
 
 
 @implementer(IReadWriteDescriptor)
@@ -382,7 +313,12 @@ class Connection:
         while True:
             try:
                 state = self._state
-                if state is _READY and self.pending <= HIGH_WATER:
+                if state is _READY:
+                    if self.pending > HIGH_WATER:
+                        self._flush()
+                        if self.pending > LOW_WATER:
+                            break
+                        continue
                     if not left:
                         self._scheduled = True
                         self._reactor.callLater(0, self._continue)
@@ -551,7 +487,9 @@ class Connection:
             return
         self._out.append(data)
         self.pending += len(data)
-        if not self._processing and not self._writing:
+        if self._writing:
+            self._watch_water()
+        elif not self._processing:
             self._flush()
 
     def _flush(self) -> None:
@@ -581,6 +519,17 @@ class Connection:
                 self._reactor.addWriter(self)
             else:
                 self._reactor.removeWriter(self)
+        self._watch_water()
+        if not out and self._state is _CLOSING:
+            self._close()
+        elif not out and self._state is _LINGERING:
+            try:
+                self._socket.shutdown(sockets.SHUT_WR)
+            except OSError:
+                self._close()
+
+    def _watch_water(self) -> None:
+        """Tell whoever makes output when to pause and when to go on."""
         slow = self.pending > (LOW_WATER if self._slow else HIGH_WATER)
         if slow is not self._slow:
             self._slow = slow
@@ -590,13 +539,6 @@ class Connection:
             waiting, self._drained = self._drained, []
             for one in waiting:
                 one.callback(None)
-        if not out and self._state is _CLOSING:
-            self._close()
-        elif not out and self._state is _LINGERING:
-            try:
-                self._socket.shutdown(sockets.SHUT_WR)
-            except OSError:
-                self._close()
 
     def _update_reading(self) -> None:
         """Watch the socket for input if there is room for it, else for the client's leaving."""

@@ -25,7 +25,7 @@ class FarEnd(Protocol):
     """The client's end: gathers what comes and lets tests wait for it."""
 
     def __init__(self) -> None:
-        self.data = b""
+        self.data = bytearray()
         self.gone = False
         self._waiting: list[tuple[int | None, Deferred[bytes]]] = []
 
@@ -67,8 +67,8 @@ class FarEnd(Protocol):
                     continue
                 return
             self._waiting.pop(0)
-            taken = self.data if size is None else self.data[:size]
-            self.data = self.data[len(taken) :]
+            taken = bytes(self.data if size is None else self.data[:size])
+            del self.data[: len(taken)]
             waiting.callback(taken)
 
 
