@@ -167,7 +167,7 @@ class Place:
             inputs={},
             sources=(self.busybox,),
             platform=platform or self.settings.system,
-            builder=builder or self.busybox + "/busybox",
+            builder=self.busybox + "/busybox" if builder is None else builder,
             arguments=("sh", "-c", script),
             environment={
                 "b": self.busybox + "/busybox",
