@@ -80,36 +80,11 @@ class Connection:
     """
 
     __slots__ = (
-        "_answer",
-        "_answer_reader",
-        "_closed",
-        "_consumer",
-        "_drained",
-        "_factory",
-        "_handle",
-        "_handshake",
-        "_linger_left",
-        "_linger_timer",
-        "_out",
-        "_paused",
-        "_processing",
-        "_reactor",
-        "_reading",
-        "_requests",
-        "_scheduled",
-        "_sent",
-        "_session",
-        "_slow",
-        "_socket",
-        "_source",
-        "_state",
-        "_watch",
-        "_work",
-        "_writing",
-        "minor",
-        "peer",
-        "pending",
-    )
+        "_answer", "_answer_reader", "_closed", "_consumer", "_drained", "_factory", "_handle",
+        "_handshake", "_linger_left", "_linger_timer", "_out", "_paused", "_processing",
+        "_reactor", "_reading", "_requests", "_scheduled", "_sent", "_session", "_slow",
+        "_socket", "_source", "_state", "_watch", "_work", "_writing", "minor", "peer", "pending",
+    )  # fmt: skip
 
     def __init__(
         self,
