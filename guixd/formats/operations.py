@@ -124,13 +124,14 @@ def _layout(cls: type, minor: int) -> tuple[tuple[str, Kind[Any]], ...]:
 class Record(Kind[T], Generic[T]):
     """The fields of a dataclass in a row, as its annotations say."""
 
-    __slots__ = ("_cls", "_names", "_series")
+    __slots__ = ("_cls", "_layout", "_names", "_series")
 
     def __init__(self, cls: type[T], minor: int = PROTOCOL_MINOR) -> None:
         """Describe CLS as a client of MINOR gets it."""
         self._cls = cls
         layout = _layout(cls, minor)
         self._names = tuple(name for name, _ in layout)
+        self._layout = layout
         self._series = Series(*(kind for _, kind in layout))
 
     def begin(self) -> wire.Reader[T]:
@@ -140,7 +141,8 @@ class Record(Kind[T], Generic[T]):
         return self._cls(**dict(zip(self._names, values, strict=True)))
 
     def write(self, value: T, out: list[bytes]) -> None:
-        self._series.write(tuple(getattr(value, name) for name in self._names), out)
+        for name, kind in self._layout:
+            kind.write(getattr(value, name), out)
 
 
 class Optional(Kind[T | None], Generic[T]):

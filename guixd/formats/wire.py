@@ -69,17 +69,21 @@ def encode_long(value: int) -> bytes:
 def encode_bytes(value: Data) -> bytes:
     """Return the length of VALUE, its bytes, and its padding."""
     size = len(value)
-    return b"".join((encode_int(size), value, _ZEROS[-size & 7]))
+    return b"".join((_pack(size), value, _ZEROS[-size & 7]))
 
 
 def encode_string(value: str) -> bytes:
     """Return VALUE as a string; surrogate escapes become the bytes they stand for."""
-    return encode_bytes(value.encode("utf-8", "surrogateescape"))
+    raw = value.encode("utf-8", "surrogateescape")
+    size = len(raw)
+    return _pack(size) + raw + _ZEROS[-size & 7]
 
 
 def in_byte_order(values: Iterable[str]) -> list[str]:
     """Sort VALUES as their bytes would be and drop duplicates."""
     unique = set(values)
+    if len(unique) < 2:
+        return list(unique)
     if all(map(str.isascii, unique)):
         return sorted(unique)
     return sorted(unique, key=lambda value: value.encode("utf-8", "surrogateescape"))
