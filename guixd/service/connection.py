@@ -171,6 +171,8 @@ class Connection:
         What has been received already comes first, before this returns.  Only
         for use in `Session.handle` or the work that it began.
         """
+        if self._state is not _WORKING:
+            raise CancelledError
         self._consumer = consumer
         self._paused = False
         self._state = _STREAMING
@@ -526,18 +528,15 @@ class Connection:
             wanted = not self._paused
         else:
             wanted = state is _ANSWERING or state is _LINGERING
-        if wanted is self._reading:
-            return
-        self._reading = wanted
-        if wanted:
-            self._reactor.addReader(self)
-            if self._watch is not None:
+        if wanted is not self._reading:
+            self._reading = wanted
+            (self._reactor.addReader if wanted else self._reactor.removeReader)(self)
+        if self._watch is not None:
+            if wanted:
                 self._watch.stop()
                 self._watch = None
-        else:
-            self._reactor.removeReader(self)
-            if state is _WORKING:
-                self._watch = HangupWatch(self._reactor, self._socket, self._close)
+        elif state is _WORKING and not wanted:
+            self._watch = HangupWatch(self._reactor, self._socket, self._close)
 
     # The end.
 

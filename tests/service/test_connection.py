@@ -386,6 +386,23 @@ class Working(TestCase):
         self.assertEqual(fate, ["cancelled"])
 
     @asynchronous
+    async def test_flood_behind_large_replies(self) -> None:
+        """The leaving is noticed, too, when reading had stopped before the work began."""
+        line, _, fate = self.begin()
+        line.answers[op.IsValidPath] = lambda operation: bytes(600_000)
+        await line.greet()
+        line.far.transport.pauseProducing()
+        line.far.send(IS_VALID.encode(), BUILD.encode(), bytes(200_000))
+        while line.connection._reading:
+            await next_turn()
+        line.far.transport.resumeProducing()
+        while BUILD not in line.session.events:
+            await next_turn()
+        line.far.transport.abortConnection()
+        await line.closed
+        self.assertEqual(fate, ["cancelled"])
+
+    @asynchronous
     async def test_flood_of_requests(self) -> None:
         """After the work, what was held back is read and served."""
         line, build, _ = self.begin()
