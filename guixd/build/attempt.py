@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from guixd.build import container
 from guixd.build.broadcast import Broadcast
 from guixd.build.builtins import is_builtin, refuse_builtin
-from guixd.build.constraints import check_references, export_graphs
+from guixd.build.constraints import check_references, export_graphs, has_rules
 from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest, Made
 from guixd.build.request import ClientOptions, Level
@@ -113,6 +113,7 @@ class Attempt:
         self._transport: Any = None
         self._contained = workshop.settings.use_chroot
         self._killed = False
+        self._cleaned = False
         self._holders: set[str] = set()
         self._watchdog: Watchdog | None = None
         self._expired: str | None = None
@@ -222,7 +223,7 @@ class Attempt:
         try:
             return await self._with_locks()
         finally:
-            users.release(user)
+            users.release(user, clean=self._contained)
 
     async def _with_locks(self) -> Result:
         locks = await self._lock()
@@ -271,7 +272,9 @@ class Attempt:
             refuse_builtin(self._drv)
         inputs = self._inputs()
         graphs = self._graphs()
-        killing = shop.launcher.kill_user(user.uid) if user is not None else None
+        killing = None
+        if user is not None and shop.users is not None and not shop.users.is_clean(user):
+            killing = shop.launcher.kill_user(user.uid)
         try:
             workspace = await shop.threads(self._prepare, graphs)
         finally:
@@ -287,13 +290,16 @@ class Attempt:
             keep = self._options.keep_failed
             raise
         finally:
-            if self._broadcast.log_file is not None:
-                await self._broadcast.log_file.close()
-            kept = await shop.threads(self._clean, workspace, keep)
-            if kept is not None:
-                self._broadcast.log(Level.ERROR, f"keeping build directory `{kept.path}'")
-                if kept.problem:
-                    self._broadcast.log(Level.ERROR, kept.problem)
+            if not self._cleaned:
+                if self._broadcast.log_file is not None:
+                    await self._broadcast.log_file.settle()
+                self._tell_kept(await shop.threads(self._clean, workspace, keep))
+
+    def _tell_kept(self, kept: Kept | None) -> None:
+        if kept is not None:
+            self._broadcast.log(Level.ERROR, f"keeping build directory `{kept.path}'")
+            if kept.problem:
+                self._broadcast.log(Level.ERROR, kept.problem)
 
     def _names(self) -> str:
         return ", ".join(f"`{output.path}'" for _, output in sorted(self._missing.items()))
@@ -338,14 +344,22 @@ class Attempt:
         return workspace
 
     def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
-        """Remove all that is left of the build, but for a tree that is to be kept; blocks."""
+        """End the log and remove the directories, but for a tree to be kept; blocks."""
+        self._cleaned = True
+        log = self._broadcast.log_file
+        try:
+            if log is not None:
+                log.end()
+        except OSError:
+            _log.failure("cannot end the log {path}", path=log and log.path)
         try:
             if keep:
                 return workspace.keep(self._options.client_uid, self._options.client_gid)
             workspace.remove()
             return None
         finally:
-            remove(None, self._private)
+            if not self._contained:
+                remove(None, self._private)
 
     def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
         if self._contained and self._drv.has_fixed_outputs:
@@ -387,20 +401,42 @@ class Attempt:
             if contained:
                 await shop.threads(harvest.salvage)
             raise self._builder_failed(reason.value)
+        if self._broadcast.log_file is not None:
+            await self._broadcast.log_file.settle()
         try:
-            made = await shop.threads(harvest.collect)
+            if has_rules(self._drv):
+                made = await shop.threads(harvest.collect)
+                references = {output.path: output.references for output in made}
+                check_references(self._drv, store.directory, references, store.database.closure)
+                await shop.threads(self._take_in, harvest, workspace, made)
+            else:
+                # All in one step, as every change of threads costs time.
+                made = await shop.threads(self._take_in, harvest, workspace, None)
         except BuildFailure:
             for line in harvest.mismatches:
                 self._broadcast.trace(line)
             raise
-        references = {output.path: output.references for output in made}
-        check_references(self._drv, store.directory, references, store.database.closure)
-        await shop.threads(harvest.publish, made)
         try:
             await self._register(made)
         except BaseException:
             await shop.threads(_remove_all, [output.path for output in made])
             raise
+
+    def _take_in(
+        self, harvest: Harvest, workspace: Workspace, made: tuple[Made, ...] | None
+    ) -> tuple[Made, ...]:
+        """Put the outputs in place and clean up; blocks.
+
+        :param made: the outputs if they were collected before.
+        """
+        if made is None:
+            made = harvest.collect()
+        harvest.publish(made)
+        try:
+            self._clean(workspace, False)
+        except (GuixdError, OSError):
+            _log.failure("cannot clean up after {path}", path=self._path)
+        return made
 
     async def _register(self, made: tuple[Made, ...]) -> None:
         items = [

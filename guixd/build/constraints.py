@@ -12,6 +12,19 @@ from guixd.formats.path import StoreDirectory, StorePath, check_name
 Closure = Callable[[Iterable[StorePath]], Iterable[StorePath]]
 """Gives the closure of valid paths, themselves included."""
 
+RULES = (
+    "allowedReferences",
+    "allowedRequisites",
+    "disallowedReferences",
+    "disallowedRequisites",
+)
+"""Variables of a derivation, in the order in which they are tested."""
+
+
+def has_rules(drv: Derivation) -> bool:
+    """Whether `check_references` has anything to do for DRV."""
+    return any(name in drv.environment for name in RULES)
+
 
 def check_references(
     drv: Derivation,
@@ -24,16 +37,7 @@ def check_references(
     :param references: of each fresh output.
     :raises BuildFailure: a rule is broken or cannot be read (output rejected).
     """
-    rules = {
-        name: _words(drv, store, name)
-        for name in (
-            "allowedReferences",
-            "allowedRequisites",
-            "disallowedReferences",
-            "disallowedRequisites",
-        )
-        if name in drv.environment
-    }
+    rules = {name: _words(drv, store, name) for name in RULES if name in drv.environment}
     for name, listed in rules.items():
         for path in sorted(references):
             used = references[path]

@@ -141,12 +141,14 @@ class Engine:
         """Give all builds up; the Deferred fires when nothing of them is left."""
         for running in list(self._requests):
             running.cancel()
-        if self._users is not None:
-            self._users.stop()
-        # Not the Deferreds themselves: others wait on them, too.
-        return DeferredList([self._when_ended(build) for build in self._ending]).addCallback(
-            lambda _: None
-        )
+        # Not the builds' own Deferreds: others wait on them, too.
+        ended = DeferredList([self._when_ended(build) for build in self._ending])
+
+        def stopped(_: object) -> None:
+            if self._users is not None:
+                self._users.stop()
+
+        return ended.addCallback(stopped)
 
     @staticmethod
     def _when_ended(build: SharedBuild) -> Deferred[None]:

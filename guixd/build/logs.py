@@ -24,6 +24,8 @@ QUEUE_LIMIT = 4 << 20
 """Bytes waiting to be compressed at which the builder is held."""
 GZIP_LEVEL = 3
 """Twice as fast as level 6 and 5 % larger on ordinary build output."""
+BATCH = 64 << 10
+"""Bytes that are compressed at once, unless it is time to flush."""
 BLOCK = 256 << 10
 READ_SIZE = 4 << 10
 
@@ -138,7 +140,10 @@ class LogFile:
         self._pending.append(data)
         self._queued += len(data)
         if self._working is None:
-            self._start()
+            if self._queued >= BATCH:
+                self._start()
+            elif self._timer is None:
+                self._timer = self._clock.callLater(FLUSH_AFTER, self._flush)
         if not self._held and self._queued > QUEUE_LIMIT:
             self._held = True
             self._on_room(False)
@@ -161,9 +166,9 @@ class LogFile:
         waiters, self._working = self._working or [], None
         self._queued -= size
         self._unflushed = not flushed and (self._unflushed or size > 0)
-        if self._pending:
+        if self._queued >= BATCH:
             self._start()
-        elif self._unflushed and self._timer is None:
+        elif (self._pending or self._unflushed) and self._timer is None:
             self._timer = self._clock.callLater(FLUSH_AFTER, self._flush)
         if self._held and self._queued <= QUEUE_LIMIT // 4:
             self._held = False
@@ -185,7 +190,7 @@ class LogFile:
 
     def _flush(self) -> None:
         self._timer = None
-        if not self._unflushed:
+        if not self._unflushed and not self._pending:
             return
         if self._working is None:
             self._start(flush=True)
@@ -207,24 +212,24 @@ class LogFile:
                 self._start(flush=True)
             await self._idle()
 
-    async def close(self) -> None:
-        """Write what is left and end the file."""
-        while self._working is not None or self._pending:
-            if self._working is None:
-                self._start()
+    async def settle(self) -> None:
+        """Wait for the steps in other threads, before `end` in one; write nothing after it."""
+        while self._working is not None:
             await self._idle()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def end(self) -> None:
+        """Write what is left and end the file; blocks.  A second call does nothing.
+
+        :raises OSError: the file cannot be written.
+        """
         if self._writing:
             self._writing = self._unflushed = False
-            try:
-                await self._threads(self._end)
-            except OSError:
-                _log.failure("cannot end the log {path}", path=self.path)
-
-    def _end(self) -> None:
-        _write_all(self._fd, self._codec.end())
+            data = b"".join(self._pending)
+            self._pending.clear()
+            _write_all(self._fd, self._codec.add(data) + self._codec.end())
 
     def release(self) -> None:
         """Let go of the closed file, which nobody will read back any more."""

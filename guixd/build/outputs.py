@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 from guixd.build.results import BuildFailure, Status
 from guixd.errors import BuildError, GuixdError, StoreError
@@ -85,10 +86,12 @@ class Harvest:
             for name in sorted(self.wanted):
                 self._take(source, staging, self.wanted[name].path)
             parts = {path.hash_part: path for path in self.candidates}
-            return tuple(
+            made = tuple(
                 self._verify(staging, name, self.wanted[name], parts)
                 for name in sorted(self.wanted)
             )
+        _check_order(made)
+        return made
 
     def publish(self, made: tuple[Made, ...]) -> None:
         """Give the collected outputs their final names, all or none of them.
@@ -234,6 +237,17 @@ class _opened:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+
+def _check_order(made: tuple[Made, ...]) -> None:
+    paths = {output.path for output in made}
+    graph = {output.path: (output.references & paths) - {output.path} for output in made}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise BuildFailure(
+            Status.OUTPUT_REJECTED, f"cycle detected in the references of `{error.args[1][0]}'"
+        ) from None
 
 
 def _notation(digest: bytes, algorithm: str) -> str:

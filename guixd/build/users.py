@@ -26,6 +26,8 @@ _log = Logger()
 
 RETRY = 1.0
 """Seconds until users that another process holds are tried again."""
+REST = 0.2
+"""Seconds for which a user known to have no process is kept for the next build."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,9 @@ class BuildUserPool:
         self._members = members
         self._waiting: deque[Deferred[BuildUser]] = deque()
         self._held: dict[int, FileLock] = {}
+        self._resting: dict[int, FileLock] = {}
+        self._clean: set[int] = set()
+        self._tired: IDelayedCall | None = None
         self._retry: IDelayedCall | None = None
 
     @property
@@ -134,10 +139,30 @@ class BuildUserPool:
         self._serve()
         return waiter
 
-    def release(self, user: BuildUser) -> None:
-        """Give USER back; nothing may run under its uid any more."""
-        self._held.pop(user.uid).close()
+    def is_clean(self, user: BuildUser) -> bool:
+        """Whether USER, just acquired, is known to have no process."""
+        return user.uid in self._clean
+
+    def release(self, user: BuildUser, *, clean: bool = False) -> None:
+        """Give USER back; nothing may run under its uid any more.
+
+        :param clean: whether that is certain, as the end of a pid namespace makes it.
+        """
+        lock = self._held.pop(user.uid)
+        self._clean.discard(user.uid)
+        if clean:
+            # Its lock is not given up, so that nobody else starts something meanwhile.
+            self._resting[user.uid] = lock
+            if self._tired is None:
+                self._tired = self._clock.callLater(REST, self._give_up_resting)
+        else:
+            lock.close()
         self._serve()
+
+    def _give_up_resting(self) -> None:
+        self._tired = None
+        while self._resting:
+            self._resting.popitem()[1].close()
 
     def _serve(self) -> None:
         while self._waiting:
@@ -154,7 +179,13 @@ class BuildUserPool:
     def _take(self) -> BuildUser | None:
         own = (os.getuid(), os.geteuid())
         foreign = False
-        for user in self._members():
+        users = self._members()
+        for user in users:
+            if user.uid in self._resting:
+                self._held[user.uid] = self._resting.pop(user.uid)
+                self._clean.add(user.uid)
+                return user
+        for user in users:
             if user.uid in self._held:
                 continue
             if user.uid in own:
@@ -172,9 +203,12 @@ class BuildUserPool:
         return None
 
     def stop(self) -> None:
-        """Forget the timer; used when the daemon ends."""
+        """Forget the timers; used when the daemon ends."""
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
+        if self._tired is not None:
+            self._tired.cancel()
+            self._give_up_resting()
 
 
 def pool_of(settings: Settings, clock: IReactorTime) -> BuildUserPool | None:

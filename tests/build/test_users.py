@@ -14,6 +14,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.build.users import (
+    REST,
     RETRY,
     BuildUser,
     BuildUserPool,
@@ -68,6 +69,20 @@ class PoolTests(SynchronousTestCase):
             free = struct.unpack("@hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
             self.assertEqual(free[0], fcntl.F_UNLCK)
         self.assertTrue(path.exists())
+
+    def test_clean_user(self) -> None:
+        """X22: a user known to have no process stays locked for a moment, and is so again."""
+        user = self.successResultOf(self.pool.acquire())
+        self.assertFalse(self.pool.is_clean(user))
+        self.pool.release(user, clean=True)
+        self.assertEqual(self.successResultOf(self.pool.acquire()), user)
+        self.assertTrue(self.pool.is_clean(user))
+        self.pool.release(user, clean=True)
+        self.clock.advance(REST)
+        self.assertEqual(self.successResultOf(self.pool.acquire()), user)
+        self.assertFalse(self.pool.is_clean(user))
+        self.pool.release(user)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_foreign_holder(self) -> None:
         """X20: a user that another process has is passed over, and waited for if it must be."""
