@@ -111,6 +111,17 @@ class WorkspaceTests(_Workspaces):
         os.symlink("/" + self.store.path.split("/")[1], first)
         self.assertRaises(StoreError, workspace.open_store, self.store.path)
 
+    def test_keep(self) -> None:
+        """X23: a client finds the tree where the outer directory was."""
+        workspace = self.create()
+        Path(workspace.build_directory + "/file").touch(0o666)
+        kept = workspace.keep(os.geteuid() or CLIENT, os.getegid())
+        self.assertEqual((kept.path, kept.problem), (self.outside, ""))
+        self.assertEqual((os.listdir(kept.path), mode(kept.path)), (["file"], 0o755))
+        self.assertEqual(os.listdir(self.store.path), [])
+        workspace.remove()
+        self.assertTrue(os.path.exists(kept.path + "/file"))
+
 
 @requires_root
 class BuildUserTests(_Workspaces):
