@@ -428,7 +428,9 @@ class Connection:
         ):
             self._state = _READY
         else:
-            _log.warn("unexpected build daemon error: {text}", text=text, peer=self.peer)
+            # Log files take no surrogate escapes.
+            shown = text.encode("utf-8", "backslashreplace").decode()
+            _log.warn("unexpected build daemon error: {text}", text=shown, peer=self.peer)
             self._source.rest()
             self._consumer = None
             self._state = _LINGERING
