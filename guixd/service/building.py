@@ -19,8 +19,8 @@ def wanted(store: StoreDirectory, item: str) -> Wanted:
     """
     name, _, outputs = item.partition("!")
     path = store.parse(name)
-    if len(path.base) <= HASH_LENGTH:
-        raise NotInStore(f"'{path}' has no hash part, so it is not in the store")
+    if len(path.base) <= HASH_LENGTH or "\0" in path:
+        raise NotInStore(f"'{path}' has no hash part and name, so it is not in the store")
     return Wanted(path, frozenset(outputs.split(",")) - {""} or None)
 
 

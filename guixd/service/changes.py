@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guixd.build.request import Level
-from guixd.errors import BadSetting, Busy, UnsupportedOperation
+from guixd.errors import BadSetting, Busy, NotInStore, UnsupportedOperation
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
 from guixd.store.locks import FileLock
@@ -21,6 +21,9 @@ def set_options(session: Session, request: op.SetOptions) -> None:
 
 
 def add_temp_root(session: Session, request: op.AddTempRoot) -> None:
+    if "\0" in request.path:
+        # It would look like two in the file that collectors read.
+        raise NotInStore(f"path '{request.path}' is not in the store: it has a null character")
     session.roots.add(request.path)
 
 

@@ -8,7 +8,7 @@ from guixd.formats import operations as op
 from guixd.formats.operations import encode_reply
 from guixd.formats.path import StorePath
 from guixd.formats.wire import FLAG
-from guixd.service.session import Handlers, QuickHandlers, Session
+from guixd.service.session import Encoded, Handlers, QuickHandlers, Session
 from guixd.store.queries import Queries
 
 BUILTIN_BUILDERS = ("download", "git-download")
@@ -34,15 +34,15 @@ def valid_paths(session: Session, request: op.QueryValidPaths) -> Iterable[Store
     return session.store.database.valid_paths(request.paths)
 
 
-async def all_valid_paths(session: Session, _request: op.QueryAllValidPaths) -> Iterable[StorePath]:
-    return await session.daemon.threads(_read_all, session.store.database.read_only_copy)
+async def all_valid_paths(session: Session, request: op.QueryAllValidPaths) -> Encoded:
+    return await session.daemon.threads(_read_all, request, session.store.database.read_only_copy)
 
 
-def _read_all(connect: Callable[[], Queries]) -> list[StorePath]:
-    """Read all valid paths, in a thread."""
+def _read_all(request: op.QueryAllValidPaths, connect: Callable[[], Queries]) -> Encoded:
+    """Read all valid paths and encode the reply, in a thread."""
     queries = connect()
     try:
-        return queries.all_valid_paths()
+        return Encoded(encode_reply(request, tuple(queries.all_valid_paths())))
     finally:
         queries.close()
 

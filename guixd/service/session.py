@@ -35,6 +35,10 @@ QuickHandlers: TypeAlias = Mapping[type[Operation[Any]], Callable[["Session", An
 """For frequent requests: they return the encoded reply, and log nothing."""
 
 
+class Encoded(bytes):
+    """A reply that has been encoded already."""
+
+
 class QuietError(ProtocolError):
     """A request is refused so that the connection ends with it (spec: protocol §4)."""
 
@@ -126,6 +130,8 @@ class Session:
             raise presentable(error) from error
         finally:
             self.log.finish()
+        if isinstance(result, Encoded):
+            return bytes(result)
         return encode_reply(operation, result, self.connection.minor)
 
     async def _again(self, step: Callable[[], Any]) -> Any:

@@ -123,8 +123,8 @@ class OutputTests(SynchronousTestCase):
         messages.read.callback(None)
         self.successResultOf(waiting)
 
-    @settings(deadline=None, max_examples=60)
-    @given(st.text(max_size=60).map(str.encode), st.integers(1, 9), st.integers(1, 4000))
+    @settings(deadline=None, max_examples=40)
+    @given(st.text(max_size=20).map(str.encode), st.integers(1, 9), st.integers(1, 4000))
     def test_characters(self, text: bytes, step: int, repeat: int) -> None:
         """However text is cut, each message has whole characters, and none is lost."""
         log, messages = make()

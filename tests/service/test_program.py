@@ -21,6 +21,7 @@ from tests.support import is_root, require, requires, temporary_directory
 CHECKOUT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "guixd"]
 TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+PYTHONPATH = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 WAIT = 30
 """Seconds after which a program that hangs is killed, so that the test fails."""
 
@@ -42,7 +43,7 @@ class Program:
         case.addCleanup(self._ready.close)
         self.environment = {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONPATH": PYTHONPATH,
             "NIX_STORE_DIR": self.directory + "/store",
             "GUIX_STATE_DIRECTORY": self.directory + "/var",
             "GUIX_LOG_DIRECTORY": self.directory + "/log",
@@ -148,7 +149,7 @@ class ProgramTests(SynchronousTestCase):
         os.set_inheritable(listening.fileno(), True)
         environment = {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONPATH": PYTHONPATH,
             "NIX_STORE_DIR": directory + "/store",
             "GUIX_STATE_DIRECTORY": directory + "/var",
         }
@@ -224,7 +225,7 @@ class CommandTests(SynchronousTestCase):
             if group:
                 self.assertEqual(group, ["--build-users-group=guixbuild"])
                 command[command.index(group[0])] = (
-                    f"--build-users-group={grp.getgrgid(os.getgid()).gr_name}"
+                    f"--build-users-group={grp.getgrall()[0].gr_name}"
                 )
             program = Program(self, command, PATH=f"{programs}:{os.environ['PATH']}")
             self.assertEqual(program.state(), b"READY=1", name)

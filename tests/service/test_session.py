@@ -127,6 +127,12 @@ class RootTests(DaemonCase):
         await other.sync_with_gc()
         self.assertEqual(len(os.listdir(directory)), before - 1)
 
+    async def test_null(self) -> None:
+        """A null character would make two roots of one."""
+        client = await self.client()
+        self.assertIn("null", await self.fails(client.add_temp_root(self.path("a\0b"))))
+        self.assertEqual(await client.all_valid_paths(), ())
+
     async def test_indirect(self) -> None:
         """A link to an item is a root once it is registered."""
         client = await self.client()
