@@ -16,6 +16,7 @@ from guixd.store.schema import prepare, store_error
 
 _MAXIMUM_KNOWN = 1 << 16
 _MAXIMUM_INFOS = 1 << 14
+_LONGEST_KNOWN = 1024  # longer ones can hardly be valid, and clients may ask for many
 _CHECKPOINT_PAGES = 4000
 
 
@@ -92,7 +93,7 @@ class Database(Queries):
             if len(known) + len(unknown) > _MAXIMUM_KNOWN:
                 known.clear()
             if len(unknown) <= _MAXIMUM_KNOWN:
-                known.update(dict.fromkeys(unknown, 0))
+                known.update({path: 0 for path in unknown if len(path) <= _LONGEST_KNOWN})
                 known.update(rows.items())
             found.update(rows)
         return found
@@ -125,6 +126,8 @@ class Database(Queries):
         return row
 
     def _know(self, path: str, row: int) -> None:
+        if len(path) > _LONGEST_KNOWN:
+            return
         if len(self._known) >= _MAXIMUM_KNOWN:
             self._known.clear()
         self._known[path] = row
