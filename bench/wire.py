@@ -101,7 +101,7 @@ class Client:
             while len(reply) < size:
                 more = receive(size - len(reply))
                 if not more:
-                    raise EOFError("the daemon closed the connection")
+                    raise EOFError(f"the daemon closed the connection after {reply[:200]!r}")
                 reply += more
             replies.append(reply)
         return replies
@@ -160,6 +160,11 @@ def path_info_request(path: str, references: Iterable[str] = ()) -> tuple[bytes,
     """A request about a PATH without deriver, and with REFERENCES."""
     size = 8 + 8 + len(string("0" * 64)) + len(strings(references)) + 16
     return word(26) + string(path), size
+
+
+def valid_paths_request(paths: list[str], valid: list[str]) -> tuple[bytes, int]:
+    """A request which of PATHS are valid, as VALID are."""
+    return word(31) + strings(paths), 8 + len(strings(valid))
 
 
 def add_text_request(name: str, text: bytes, store: str) -> tuple[bytes, int]:

@@ -150,13 +150,14 @@ class Queries(Workload):
                 if requests is valid:
                     assert all(reply == last + wire.word(1) for share in replies for reply in share)
         half = paths[: len(paths) // 2]
+        batch = wire.valid_paths_request([*half, *(path + "x" for path in half[:50])], half)
         with daemon.connect() as client:
             times = []
             for _ in range(5):
                 began = now()
-                answer = client.valid_paths([*half, *(path + "x" for path in half[:50])])
+                (reply,) = client.exchange([batch])
                 times.append(1000 * (now() - began))
-                assert answer == sorted(half)
+                assert reply == wire.word(wire.LAST) + wire.strings(sorted(half))
             for path in half[:20]:
                 deriver, _, references, _ = client.path_info(path)
                 assert (deriver, references) == ("", sorted(known[path]))
