@@ -11,6 +11,7 @@ from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from guixd.build.request import BuildRequest
 from guixd.build.threads import Threads
@@ -63,6 +64,7 @@ class Daemon:
         self._store: LocalStore | None = None
         self.encoded_infos: dict[StorePath, tuple[PathInfo, bytes]] = {}
         self._reserving = True
+        self._tidying = False
         self._users: dict[int, float] = {}
 
     def session(self, connection: Connection, greeting: Greeting) -> Session | Deferred[Session]:
@@ -129,6 +131,20 @@ class Daemon:
         if self._builder is None:
             self._builder = self._make_builder(self, session.store)
         return self._builder.build(request, session.log)
+
+    def tidy(self) -> None:
+        """Copy the log of the database in a thread, if it has become long."""
+        store = self._store
+        if self._tidying or store is None or not store.database.checkpoint_due():
+            return
+        self._tidying = True
+
+        def done(result: object) -> None:
+            self._tidying = False
+            if isinstance(result, Failure):
+                _log.failure("cannot copy the log of the database", result)
+
+        self.threads(store.database.checkpoint()).addBoth(done)
 
     async def stop_builds(self) -> None:
         """End all builds."""

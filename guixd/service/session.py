@@ -121,6 +121,7 @@ class Session:
         if type(result) is CoroutineType:
             return Deferred.fromCoroutine(self._later(operation, result))
         self.log.finish()
+        self.daemon.tidy()
         return encode_reply(operation, result, self.connection.minor)
 
     async def _later(self, operation: Operation[T], work: Coroutine[Any, Any, T]) -> bytes:
@@ -130,6 +131,7 @@ class Session:
             raise presentable(error) from error
         finally:
             self.log.finish()
+            self.daemon.tidy()
         if isinstance(result, Encoded):
             return bytes(result)
         return encode_reply(operation, result, self.connection.minor)

@@ -17,6 +17,7 @@ from guixd.service.daemon import GuixdService
 from guixd.service.listening import ListenError
 from guixd.service.tap import Options, makeService
 from guixd.settings import Settings
+from guixd.store import database
 from guixd.testing import directories_below
 from tests.service.world import DaemonCase
 from tests.support import requires_root, temporary_directory
@@ -62,6 +63,24 @@ class StartTests(DaemonCase):
         self.assertEqual(
             [name for name in os.listdir(self.directory + "/var/db") if "-wal" in name], []
         )
+
+    async def test_long_log(self) -> None:
+        """The log of the database is copied when it has become long."""
+        self.patch(database, "_CHECKPOINT_PAGES", 8)
+        copied: list[int] = []
+        original = database.Database.checkpoint
+
+        def checkpoint(of: database.Database) -> object:
+            run = original(of)
+            return lambda: copied.append(run() is None)
+
+        self.patch(database.Database, "checkpoint", checkpoint)
+        client = await self.client()
+        for number in range(5):
+            await client.add_text(f"x{number}", b"y")
+        await self.daemon.stop()
+        self.assertTrue(copied)
+        self.assertFalse(self.daemon.service.daemon._tidying)
 
     async def test_reserve(self) -> None:
         """The file that reserves space is there as long as clients want it."""
