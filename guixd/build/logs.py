@@ -126,11 +126,14 @@ class LogFile:
 
         :raises OSError: the file cannot be made.
         """
-        path = Path(self.path)
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self.path, flags, 0o666)
+        while self._fd < 0:
+            try:
+                self._fd = os.open(self.path, flags, 0o666)
+            except FileNotFoundError:
+                Path(self.path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            except FileExistsError:
+                Path(self.path).unlink(missing_ok=True)
         self._writing = True
 
     def write(self, data: bytes) -> None:

@@ -50,8 +50,8 @@ class Harvest:
     """The outputs of one build on their way into the store.
 
     :ivar store: the store directory.
-    :ivar private: a directory in the store for the daemon only; a subdirectory
-        of it takes the outputs.  It is made if it is missing.
+    :ivar private: a directory in the store that only the daemon can enter, which
+        takes the outputs; it is made if it is missing.
     :ivar open_source: opens the store directory that the builder wrote to.
     :ivar fresh: whether outputs are copied rather than moved, so that nobody can
         have a file of them open for writing (sandbox.md, I-FRESH).
@@ -72,17 +72,13 @@ class Harvest:
     """Trace lines to send before the failure."""
     _seen: InodesSeen = field(default_factory=set)
 
-    @property
-    def _staging(self) -> str:
-        return self.private + "/outputs"
-
     def collect(self) -> tuple[Made, ...]:
         """Take and verify all wanted outputs, in the order of their names.
 
         :raises BuildFailure: an output is missing or wrong (output rejected).
         :raises GuixdError: a file of a type that cannot be stored; system trouble.
         """
-        with _opened(self._make_staging()) as staging, _opened(self._source()) as source:
+        with _opened(self._open_private()) as staging, _opened(self._source()) as source:
             for name in sorted(self.wanted):
                 self._take(source, staging, self.wanted[name].path)
             parts = {path.hash_part: path for path in self.candidates}
@@ -100,7 +96,7 @@ class Harvest:
         """
         moved: list[str] = []
         with (
-            _opened(self._open(self._staging)) as staging,
+            _opened(self._open(self.private)) as staging,
             _opened(self._open(self.store)) as store,
         ):
             try:
@@ -119,7 +115,7 @@ class Harvest:
         Special permissions are taken away first.  A tree that cannot be made
         harmless is left out.
         """
-        with _opened(self._make_staging()) as staging, _opened(self._source()) as source:
+        with _opened(self._open_private()) as staging, _opened(self._source()) as source:
             for output in self.wanted.values():
                 base = output.path.base
                 try:
@@ -137,12 +133,12 @@ class Harvest:
     def _open(directory: str) -> int:
         return os.open(directory, _DIRECTORY)
 
-    def _make_staging(self) -> int:
-        if not os.path.isdir(self.private):
+    def _open_private(self) -> int:
+        try:
             os.mkdir(self.private, 0o700)
-        remove(None, self._staging)
-        os.mkdir(self._staging, 0o700)
-        return self._open(self._staging)
+        except FileExistsError:
+            pass
+        return self._open(self.private)
 
     def _source(self) -> int:
         """Open the store directory that the builder wrote to."""
