@@ -80,7 +80,6 @@ class StartTests(DaemonCase):
             await client.add_text(f"x{number}", b"y")
         await self.daemon.stop()
         self.assertTrue(copied)
-        self.assertFalse(self.daemon.service.daemon._tidying)
 
     async def test_reserve(self) -> None:
         """The file that reserves space is there as long as clients want it."""
