@@ -227,7 +227,10 @@ class GuixdService(MultiService):
             _log.info("not effective in this version: {absent}", absent=", ".join(absent))
         nobody = settings.build_users_group is None and settings.build_uids is None
         if nobody and os.geteuid() == 0:
-            _log.warn("running as root without build users: use --build-users-group")
+            _log.warn(
+                "running as root without build users, so that nothing can be built:"
+                " use --build-users-group or --build-uids"
+            )
 
     async def _stop(self) -> None:
         for part in reversed(list(self)):

@@ -1,0 +1,203 @@
+"""Builds through the whole daemon: sockets, options, containers, logs."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from guixd.build.engine import Engine
+from guixd.client import Client, RequestFailed
+from guixd.formats import derivation
+from guixd.formats import operations as op
+from guixd.formats.derivation import Derivation, HashCache, Output
+from guixd.formats.path import StorePath
+from guixd.service.builder import SandboxBuilder
+from guixd.service.daemon import Daemon
+from guixd.settings import UidRange, this_system
+from guixd.store.local import LocalStore
+from guixd.testing import FakeLauncher, FakeProcess, TemporaryDaemon
+from tests.service.world import DaemonCase, set_options
+from tests.support import require, requires_root
+
+BUSYBOX = "/bin/busybox"
+FIRST_UID = 2_000_000 + 16 * os.getpid()
+
+
+class RealCase(DaemonCase):
+    def make(self, **options: Any) -> TemporaryDaemon:
+        return super().make(**{**options, "builder": self.make_builder})
+
+    def make_builder(self, daemon: Daemon, store: LocalStore) -> object:
+        return SandboxBuilder(daemon, store)
+
+    async def tools(self, client: Client) -> StorePath:
+        """Add a directory with a static shell."""
+        require(os.path.exists(BUSYBOX), "busybox-static")
+        directory = Path(self.directory, "tools")
+        if not directory.exists():
+            directory.mkdir()
+            shutil.copy(BUSYBOX, directory / "busybox")
+        return await client.add_tree("tools", str(directory))
+
+    async def derive(self, client: Client, name: str, script: str) -> tuple[StorePath, StorePath]:
+        """Add a derivation that runs SCRIPT; return it and its output."""
+        tools = await self.tools(client)
+        none = self.store.child("0" * 32 + "-none")
+        drv = Derivation(
+            outputs={"out": Output(none, "", "")},
+            inputs={},
+            sources=(tools,),
+            platform=this_system(),
+            builder=f"{tools}/busybox",
+            arguments=("sh", "-e", "-c", script),
+            environment={"name": name},
+        )
+        out = derivation.compute_output_paths(drv, name, self.store, HashCache(self.unknown, {}))
+        drv = replace(
+            drv,
+            outputs={"out": Output(out["out"], "", "")},
+            environment={"name": name, **out},
+        )
+        path = await client.add_text(f"{name}.drv", derivation.serialise(drv), [tools])
+        return path, out["out"]
+
+    def unknown(self, path: StorePath) -> Derivation:
+        raise AssertionError(path)
+
+
+@requires_root
+class ContainerTests(RealCase):
+    options = {"build_uids": UidRange(FIRST_UID, 2, 64001), "cores": 42, "max_jobs": 2}
+
+    async def test_cores(self) -> None:
+        """O15: builders find the daemon's number of cores, or the client's."""
+        client = await self.client()
+        drv, out = await self.derive(client, "a", "echo $NIX_BUILD_CORES > $out")
+        await client.build_paths([drv])
+        self.assertEqual(Path(out).read_text(), "42\n")
+        await client.set_options(set_options(("build-cores", "3")))
+        drv, out = await self.derive(client, "b", "echo $NIX_BUILD_CORES > $out")
+        await client.build_paths([drv])
+        self.assertEqual(Path(out).read_text(), "3\n")
+
+    async def test_shared(self) -> None:
+        """P28: two clients that want the same get it by one build, and both see its log."""
+        first, second = await self.client(), await self.client()
+        started: Deferred[None] = Deferred()
+        logs: list[list[bytes]] = [[], []]
+
+        def note(line: bytes) -> None:
+            logs[0].append(line)
+            if b"go on" in line:
+                started.callback(None)
+
+        first.log, second.log = note, logs[1].append
+        await first.set_options(set_options())
+        await second.set_options(set_options())
+        script = "echo go on; read line < /dev/null || echo done > $out"
+        drv, out = await self.derive(first, "s", script)
+        building = first.build_paths([drv])
+        await started
+        await second.build_paths([drv])
+        await building
+        self.assertEqual(Path(out).read_text(), "done\n")
+        for log in logs:
+            self.assertLessEqual(b"".join(log).count(b"build-started"), 1)
+
+    async def test_leaving(self) -> None:
+        """P27: the builder of a client that leaves dies, and the next build works."""
+        client = await self.client()
+        drv, out = await self.derive(client, "l", "echo pid; while :; do :; done")
+        raw = await self.raw(None, set_options(), op.BuildPaths((drv,)))
+        await raw.received(b"build-started")
+        pid = int(raw.data.partition(b".drv.gz ")[2].split(b"\n")[0])
+        self.assertTrue(os.path.exists(f"/proc/{pid}"))
+        raw.transport.loseConnection()
+        await raw.closed
+        await self.daemon.stop()
+        self.assertFalse(os.path.exists(f"/proc/{pid}"))
+        self.assertEqual(os.listdir(self.directory + "/tmp"), [])
+        self.assertFalse(os.path.exists(out))
+
+
+class PlayedCase(RealCase):
+    """The builder is played by the test."""
+
+    def make(self, **options: Any) -> TemporaryDaemon:
+        users = UidRange(FIRST_UID, 2, 64001) if os.geteuid() == 0 else None
+        return super().make(use_chroot=False, build_uids=users, **options)
+
+    def make_builder(self, daemon: Daemon, store: LocalStore) -> object:
+        def run(process: FakeProcess) -> None:
+            process.write_log(b"hello\n")
+            out = Path(dict(process.spec.environment)["out"])
+            out.write_text("made\n")
+            out.chmod(0o644)
+            if process.spec.ids is not None:
+                os.chown(out, process.spec.ids.uid, process.spec.ids.gid)
+            process.exit()
+
+        launcher = FakeLauncher(daemon.reactor, run)
+        return Engine(daemon.reactor, daemon.settings, store, launcher, daemon.threads)
+
+    async def build(self) -> StorePath:
+        client = await self.client()
+        await client.set_options(set_options())
+        drv, out = await self.derive(client, "x", "true")
+        await client.build_paths([drv])
+        self.assertEqual(Path(out).read_text(), "made\n")
+        return drv
+
+
+class NoLogTests(PlayedCase):
+    options = {"keep_log": False}
+
+    async def test_no_log(self) -> None:
+        """O17: with --lose-logs there is no file and an empty field in the trace."""
+        drv = await self.build()
+        started = f"@ build-started {drv} - {this_system()}  ".encode()
+        self.assertIn(started, b"".join(self.log))
+        self.assertFalse(os.path.exists(self.directory + "/log/drvs"))
+
+
+class LogTests(PlayedCase):
+    options = {"log_compression": "none"}
+    suffix = ""
+    opened: Any = open
+
+    async def test_readable(self) -> None:
+        """O18: the log can be read, and has the right name."""
+        drv = await self.build()
+        name = f"{self.directory}/log/drvs/{drv.base[:2]}/{drv.base[2:]}{self.suffix}"
+        with type(self).opened(name, "rb") as file:
+            self.assertEqual(file.read(), b"hello\n")
+
+
+class GzipTests(LogTests):
+    options = {"log_compression": "gzip"}
+    suffix = ".gz"
+    opened = gzip.open
+
+
+class Bzip2Tests(LogTests):
+    options = {"log_compression": "bzip2"}
+    suffix = ".bz2"
+    opened = bz2.open
+
+
+class NoJobsTests(PlayedCase):
+    options = {"max_jobs": 0}
+
+    async def test_refused(self) -> None:
+        """O22: without jobs ordinary builds are refused."""
+        client = await self.client()
+        drv, _ = await self.derive(client, "x", "true")
+        error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
+        self.assertIn("unable to start any build", error.text)
