@@ -220,10 +220,14 @@ class Attempt:
         if users is None:
             return await self._with_locks()
         user = self._user = await self._wait(users.acquire())
+        clean = False
         try:
-            return await self._with_locks()
+            result = await self._with_locks()
+            # Then its pid namespace has ended in good order.
+            clean = self._contained and result.status is Status.BUILT
+            return result
         finally:
-            users.release(user, clean=self._contained)
+            users.release(user, clean=clean)
 
     async def _with_locks(self) -> Result:
         locks = await self._lock()

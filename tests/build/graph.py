@@ -244,4 +244,4 @@ class World:
         return store + os.listdir(self.settings.directories.temporary)
 
 
-__all__ = ["Recorder", "TestCase", "World"]
+__all__ = ["Recorder", "TestCase", "World", "reactor"]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, gatherResults
+from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessValue
 
 from guixd.errors import BuildError
 from guixd.formats.hashes import to_base32
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
-from tests.build.graph import FIRST_UID, GID, Recorder, TestCase, World
+from tests.build.graph import FIRST_UID, GID, Recorder, TestCase, World, reactor
 from tests.support import requires_root
 
 
@@ -169,6 +170,31 @@ class OutcomeTests(Real):
             await building
         await world.engine.stop()
         self.assertEqual((_processes(), world.leftovers()), ([], []))
+
+    async def test_cancel_at_any_time(self) -> None:
+        """X34, B8: whenever clients leave, nothing is left, and the next build works."""
+        world = self.world
+        rounds = 12
+        for number in range(rounds):
+            drvs = [world.derive(f"c{number}-{i}", "echo x > $out; sleep 0.01") for i in range(3)]
+            building = world.build(*drvs, max_jobs=3)
+            await deferLater(reactor, 0.004 * number, lambda: None)
+            building.cancel()
+            try:
+                await building
+            except CancelledError:
+                pass
+            again = world.build(drvs[0])
+            if number % 2:
+                await again
+                self.assertTrue(world.is_valid(drvs[0]))
+            else:
+                again.cancel()
+                again.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        await world.engine.stop()
+        self.assertEqual((_processes(), world.leftovers()), ([], []))
+        self.assertEqual(world.engine._scheduler.running, 0)
+        self.assertEqual(world.engine._claims._waiting, {})
 
     async def test_leftover_process_of_the_user(self) -> None:
         """X22: processes of the build user are killed before its next build."""

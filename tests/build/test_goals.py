@@ -12,6 +12,7 @@ from twisted.internet.error import ProcessDone
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.build import attempt
 from guixd.build.request import BuildMode, BuildRequest, ClientOptions, Wanted
 from guixd.build.threads import inline
 from guixd.errors import BuildError
@@ -270,6 +271,15 @@ class FailureTests(Fake):
         self.launcher["failing"].finish(1)
         self.clock.advance(11)
         self.assertEqual(self.error(building).status, 101)
+
+    def test_full_disk(self) -> None:
+        """B36: a failure on a nearly full disk is put down to that, status 1."""
+        self.patch(attempt, "DISK_FULL", 1 << 60)
+        observer = Recorder()
+        building = self.world.build(self.world.derive("a"), observer=observer)
+        self.launcher["a"].finish(1)
+        self.assertEqual(self.error(building).status, 1)
+        self.assertTrue(any("disk is nearly full" in line for line in observer.logs))
 
     def test_general_error(self) -> None:
         """B40: trouble of one build is its text with status 1, and disturbs nobody else."""
