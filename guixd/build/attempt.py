@@ -114,6 +114,7 @@ class Attempt:
         self._contained = workshop.settings.use_chroot
         self._killed = False
         self._cleaned = False
+        self._published = False
         self._holders: set[str] = set()
         self._watchdog: Watchdog | None = None
         self._expired: str | None = None
@@ -364,6 +365,9 @@ class Attempt:
         finally:
             if not self._contained:
                 remove(None, self._private)
+                if not self._published:
+                    # They may have any mode; only in a container could they be hidden.
+                    _remove_all(output.path for output in self._missing.values())
 
     def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
         if self._contained and self._drv.has_fixed_outputs:
@@ -436,6 +440,7 @@ class Attempt:
         if made is None:
             made = harvest.collect()
         harvest.publish(made)
+        self._published = True
         try:
             self._clean(workspace, False)
         except (GuixdError, OSError):

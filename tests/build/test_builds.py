@@ -567,6 +567,11 @@ class PlainTests(TestCase):
         with self.assertRaises(BuildError) as caught:
             await world.build(world.derive("bad", "touch $out; exit 1"))
         self.assertEqual(caught.exception.status, 100)
+        loose = world.derive("loose", "touch $out; chmod 6777 $out")
+        with self.assertRaises(BuildError) as caught:
+            await world.build(loose)
+        self.assertEqual(caught.exception.status, 1)
+        self.assertFalse(os.path.lexists(world.output(loose)))
         slow = world.derive("slow", "(sleep 1000 &) ; sleep 1001")
         with self.assertRaises(BuildError) as caught:
             await world.build(slow, timeout=1)
