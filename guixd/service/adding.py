@@ -31,6 +31,7 @@ class Intake:
     """Feeds an `Addition` with what a connection receives.
 
     :ivar done: fires when the archive is whole; fails with `BadArchive`.
+    :ivar whole: whether the archive is complete and what follows it is given back.
     """
 
     def __init__(self, connection: Connection, addition: Addition, threads: Threads) -> None:
@@ -42,6 +43,7 @@ class Intake:
         self._begun = False
         self._paused = False
         self._feeding = False
+        self.whole = False
         self._idle: Deferred[None] = Deferred()
         self.done: Deferred[None] = Deferred(lambda _: self._waiting.clear())
 
@@ -88,6 +90,7 @@ class Intake:
             self._idle.callback(None)
         elif rest is not None:
             self._connection.give_back(b"".join([rest, *self._waiting]))
+            self.whole = True
             self.done.callback(None)
         elif self._waiting:
             self._start()
@@ -113,7 +116,7 @@ def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, 
     addition = store.begin_addition(request.name, request.algorithm, request.recursive)
     intake = Intake(session.connection, addition, session.daemon.threads)
     session.connection.take_over(intake)
-    if not addition.complete:
+    if not intake.whole:
         return _add_later(session, addition, intake)
     try:
         path = _commit(session, addition)

@@ -117,7 +117,10 @@ class Session:
                 result = self._again(lambda: handler(self, operation))
         except Exception as error:
             self.log.finish()
-            raise presentable(error) from error
+            shown = presentable(error)
+            if shown is error:
+                raise
+            raise shown from error
         if type(result) is CoroutineType:
             return Deferred.fromCoroutine(self._later(operation, result))
         self.log.finish()
@@ -128,7 +131,10 @@ class Session:
         try:
             result = await work
         except Exception as error:
-            raise presentable(error) from error
+            shown = presentable(error)
+            if shown is error:
+                raise
+            raise shown from error
         finally:
             self.log.finish()
             self.daemon.tidy()

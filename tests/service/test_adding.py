@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,23 @@ class ArchiveTests(AddingCase):
             await client.received(encode_string(path) + LAST + encode_int(1))
             client.transport.loseConnection()
             await client.closed
+
+    async def test_thread_ahead(self) -> None:
+        """A thread that is done before the reactor looks makes no difference."""
+        original = adding.Intake.received
+
+        def received(intake: adding.Intake, data: bytes) -> None:
+            original(intake, data)
+            while intake._feeding and not intake._addition.complete:
+                time.sleep(0)
+
+        self.patch(adding.Intake, "received", received)
+        nar = nar_of_file(b"z" * 2 * adding.INLINE)
+        path = self.store.source_path("x", hashlib.sha256(nar).digest())
+        request = op.AddToStore("x", True, True, "sha256").encode() + nar
+        client = await self.raw(None, request, op.IsValidPath(path), op.BuiltinBuilders())
+        await client.received(encode_string("git-download"))
+        self.assertIn(encode_string(path) + LAST + encode_int(1), client.data)
 
     async def test_same_at_once(self) -> None:
         """Clients that add the same item at the same time all get it."""
