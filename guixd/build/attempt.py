@@ -6,17 +6,17 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ProcessExitedAlready, ProcessTerminated
+from twisted.internet.error import ProcessTerminated
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from guixd.build import container
 from guixd.build.broadcast import Broadcast
+from guixd.build.builder import Builder, Launcher
 from guixd.build.builtins import is_builtin, refuse_builtin
 from guixd.build.constraints import check_references, export_graphs, has_rules
 from guixd.build.logs import LogFile, log_file
@@ -25,7 +25,6 @@ from guixd.build.request import ClientOptions, Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
 from guixd.build.threads import Threads
 from guixd.build.users import BuildUser, BuildUserPool
-from guixd.build.watchdog import Watchdog
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import Busy, GuixdError, ReferencesCycle
 from guixd.formats.derivation import Derivation
@@ -49,14 +48,6 @@ DISK_FULL = 8 << 20
 """Free bytes below which a failure is put down to the disk."""
 
 
-class Launcher(Protocol):
-    """`interfaces.ILauncher` for the type checker."""
-
-    def spawn(self, protocol: ProcessProtocol, spec: object, /) -> Deferred[Any]: ...
-    def kill_user(self, uid: int, /) -> Deferred[None]: ...
-    def stop(self) -> Deferred[None]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Workshop:
     """What every attempt uses."""
@@ -73,21 +64,6 @@ class Workshop:
     def all_valid(self, drv: Derivation) -> bool:
         """Whether DRV has nothing left to build."""
         return all(self.store.database.is_valid(path) for path in drv.output_paths)
-
-
-class _Builder(ProcessProtocol):
-    """Passes a builder's output on; `ended` gets the reason when nothing more comes."""
-
-    def __init__(self, output: Callable[[bytes], None]) -> None:
-        self._output = output
-        self.ended: Deferred[tuple[Failure]] = Deferred()
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self._output(data)
-
-    def processEnded(self, reason: Failure) -> None:
-        # In a tuple: a failure as the result would be raised where it is awaited.
-        self.ended.callback((reason,))
 
 
 class Attempt:
@@ -110,14 +86,12 @@ class Attempt:
         self._waiting: Deferred[Any] | None = None
         self._private = f"{path}.chroot"
         self._user: BuildUser | None = None
-        self._transport: Any = None
         self._contained = workshop.settings.use_chroot
-        self._killed = False
+        self._builder = Builder(
+            workshop.reactor, workshop.launcher, broadcast.output, contained=self._contained
+        )
         self._cleaned = False
         self._published = False
-        self._holders: set[str] = set()
-        self._watchdog: Watchdog | None = None
-        self._expired: str | None = None
         self._missing = dict(drv.outputs)
         self._make_log()
 
@@ -140,45 +114,16 @@ class Attempt:
         self._cancelled = True
         if self._waiting is not None:
             self._waiting.cancel()
-        self._kill()
+        self._builder.kill()
 
     def hold(self, holder: str, on: bool) -> None:
         """Stop or resume reading what the builder writes; each HOLDER counts once."""
-        if self._killed:
-            return
-        before = bool(self._holders)
-        (self._holders.add if on else self._holders.discard)(holder)
-        after = bool(self._holders)
-        if before != after and self._transport is not None:
-            (self._transport.pauseProducing if after else self._transport.resumeProducing)()
-            if self._watchdog is not None:
-                self._watchdog.hold(after)
+        self._builder.hold(holder, on)
 
-    def _kill(self) -> None:
-        """Kill the builder; what it wrote before is still read."""
-        transport = self._transport
-        if transport is None or self._killed:
-            return
-        self._killed = True
-        if self._holders:
-            transport.resumeProducing()
-        try:
-            transport.signalProcess("KILL")
-        except ProcessExitedAlready:
-            pass
-        if not self._contained:
-            # Processes that left the builder's group may keep the log open.
-            if self._user is not None:
-                self._shop.launcher.kill_user(self._user.uid).addErrback(
-                    lambda failure: _log.failure("cannot kill a build user's processes", failure)
-                )
-            else:
-                transport.loseConnection()
-
-    async def _wait(self, waiting: Deferred[_T]) -> _T:
-        """Wait for something that may be given up in the middle."""
+    async def _wait(self, start: Callable[[], Deferred[_T]]) -> _T:
+        """Wait for what START begins, which may be given up in the middle."""
         self._check()
-        self._waiting = waiting
+        self._waiting = waiting = start()
         try:
             return await waiting
         finally:
@@ -220,7 +165,7 @@ class Attempt:
         users = self._shop.users
         if users is None:
             return await self._with_locks()
-        user = self._user = await self._wait(users.acquire())
+        user = self._user = await self._wait(users.acquire)
         clean = False
         try:
             result = await self._with_locks()
@@ -265,9 +210,12 @@ class Attempt:
             await self._pause(LOCK_RETRY)
 
     async def _pause(self, seconds: float) -> None:
-        pause: Deferred[None] = Deferred(lambda _: timer.cancel())
-        timer = self._shop.reactor.callLater(seconds, pause.callback, None)
-        await self._wait(pause)
+        def start() -> Deferred[None]:
+            pause: Deferred[None] = Deferred(lambda _: timer.cancel())
+            timer = self._shop.reactor.callLater(seconds, pause.callback, None)
+            return pause
+
+        await self._wait(start)
 
     async def _build(self) -> Result:
         """Build what is missing, in a workspace that is gone afterwards."""
@@ -489,52 +437,20 @@ class Attempt:
 
         :raises BuildFailure: a limit was broken (timed out).
         """
-        shop, options = self._shop, self._options
-        protocol = _Builder(self._output)
-        self._transport = await self._wait(shop.launcher.spawn(protocol, spec))
-        try:
-            self._broadcast.begin(self._transport.pid)
-            log = self._broadcast.log_file
-            self._broadcast.trace(
-                BuildStarted(
-                    self._path,
-                    self._drv.platform,
-                    log.path if log is not None else "",
-                    self._transport.pid,
-                ).line
-            )
-            self._watchdog = Watchdog(
-                shop.reactor,
-                self._expire,
-                silence=options.max_silent_time,
-                total=options.timeout,
-                size=options.max_log_size,
-            )
-            if self._holders:
-                self._transport.pauseProducing()
-                self._watchdog.hold(True)
-            if self._cancelled:
-                self._kill()
-            (reason,) = await protocol.ended
-        finally:
-            if self._watchdog is not None:
-                self._watchdog.stop()
-            self._transport = None
-            if self._user is not None and not self._contained:
-                await shop.launcher.kill_user(self._user.uid)
+        builder, spawn = self._builder, self._shop.launcher.spawn
+        process = await self._wait(lambda: spawn(builder, spec))
+        self._broadcast.begin(process.pid)
+        log = self._broadcast.log_file
+        name = log.path if log is not None else ""
+        self._broadcast.trace(BuildStarted(self._path, self._drv.platform, name, process.pid).line)
+        builder.begin(process, self._user, self._options)
+        if self._cancelled:
+            builder.kill()
+        reason = await builder.end()
         self._check()
-        if self._expired is not None:
-            raise BuildFailure(Status.TIMED_OUT, f"build of `{self._path}' {self._expired}")
+        if builder.expired:
+            raise BuildFailure(Status.TIMED_OUT, f"build of `{self._path}' {builder.expired}")
         return reason
-
-    def _output(self, data: bytes) -> None:
-        if self._watchdog is not None:
-            self._watchdog.heard(len(data))
-        self._broadcast.output(data)
-
-    def _expire(self, reason: str) -> None:
-        self._expired = reason
-        self._kill()
 
 
 def _disk_is_full(path: str) -> bool:

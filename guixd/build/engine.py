@@ -9,8 +9,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from guixd.build.attempt import Launcher, Workshop
+from guixd.build.attempt import Workshop
 from guixd.build.broadcast import Observer
+from guixd.build.builder import Launcher
 from guixd.build.claims import Claims
 from guixd.build.container import Host
 from guixd.build.goals import RequestRun
