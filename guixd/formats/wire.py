@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
+from itertools import islice
+from operator import lt
 from struct import Struct
 from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -44,6 +46,7 @@ _long = Struct("<Q").unpack_from
 _pack = Struct("<Q").pack
 _ZEROS = tuple(bytes(n) for n in range(8))
 _COMPACT = 64 * KIB
+_USUAL_PATH = 4 * KIB
 
 
 def encode_int(value: int) -> bytes:
@@ -81,12 +84,27 @@ def encode_string(value: str) -> bytes:
 
 def in_byte_order(values: Iterable[str]) -> list[str]:
     """Sort VALUES as their bytes would be and drop duplicates."""
-    unique = set(values)
-    if len(unique) < 2:
-        return list(unique)
-    if all(map(str.isascii, unique)):
-        return sorted(unique)
-    return sorted(unique, key=lambda value: value.encode("utf-8", "surrogateescape"))
+    given = list(values)
+    if len(given) < 2:
+        return given
+    if not all(map(str.isascii, given)):
+        return sorted(set(given), key=lambda value: value.encode("utf-8", "surrogateescape"))
+    if all(map(lt, given, islice(given, 1, None))):  # as most lists are that we send
+        return given
+    return sorted(set(given))
+
+
+def _encode_ascii(values: Iterable[str]) -> bytes:
+    """Return all of VALUES, which are ASCII, as strings one after the other."""
+    around: dict[int, tuple[str, str]] = {}
+    parts: list[str] = []
+    for value in values:
+        size = len(value)
+        if size not in around:
+            around[size] = str(_pack(size), "latin-1"), str(_ZEROS[-size & 7], "latin-1")
+        before, after = around[size]
+        parts += (before, value, after)
+    return "".join(parts).encode("latin-1")
 
 
 class Source:
@@ -187,6 +205,44 @@ class Source:
         self._start = end + pad
         return data[start:end] if size < _COMPACT else memoryview(data)[start:end]
 
+    def paths(self, most: int) -> list[StorePath]:
+        """Take up to MOST store paths out, as many as are whole and of the usual form.
+
+        Whatever is wrong with the next one is left to be found by who reads it alone.
+        """
+        if self._end - self._start < 8:
+            return []
+        size, high = _words(self._data, self._start)
+        if high or self._end - self._start - 8 < size:  # Or each byte of it would cost a copy.
+            return []
+        data = bytes(memoryview(self._data)[self._start : self._end])
+        text = str(data, "latin-1")
+        prefix = self.store.path + "/"
+        slash = len(prefix) - 1
+        found: list[StorePath] = []
+        here, last_word = 0, len(data) - 8
+        while most and here <= last_word:
+            size, high = _words(data, here)
+            end = here + 8 + size
+            pad = -size & 7
+            path = text[here + 8 : end]
+            if (
+                high
+                or size > _USUAL_PATH
+                or end + pad > len(data)
+                or (pad and data[end : end + pad] != _ZEROS[pad])
+                or not path.startswith(prefix)
+                or path.rfind("/") != slash
+                or size == slash + 1
+                or not path.isascii()
+            ):
+                break
+            found.append(StorePath(path))
+            here = end + pad
+            most -= 1
+        self._start += here
+        return found
+
 
 class Reader(Protocol[V_co]):
     """Reads one value, maybe in several steps."""
@@ -211,6 +267,10 @@ class Kind(Generic[V]):
     def resume(self, source: Source) -> V | More:
         """Read a value from SOURCE, or nothing."""
         raise NotImplementedError
+
+    def take(self, source: Source, most: int) -> list[V]:
+        """Read up to MOST values at once, as far as that is quicker than one by one."""
+        return []
 
     def write(self, value: V, out: list[bytes]) -> None:
         """Append the bytes of VALUE to OUT."""
@@ -336,6 +396,9 @@ class _Path(Kind[StorePath]):
             return MORE
         return source.store.parse(str(data, "utf-8", "surrogateescape"))
 
+    def take(self, source: Source, most: int) -> list[StorePath]:
+        return source.paths(most)
+
     def write(self, value: StorePath, out: list[bytes]) -> None:
         out.append(encode_string(value))
 
@@ -389,17 +452,24 @@ class _ListReader(Generic[V]):
             left = count
         items, begin, reader, used = self._items, self._kind.begin, self._reader, self._used
         before = len(source)
+        taken = False
         while left:
-            if reader is None:
-                reader = begin()
-            item = reader.resume(source)
-            if item is MORE:
-                self._left, self._reader = left, reader
-                self._used = used + before - len(source)
-                return MORE
-            reader = None
-            items.append(item)
-            left -= 1
+            if reader is None and not taken:
+                taken = True  # Once a call at most, since it copies what it looks at.
+                several = self._kind.take(source, left)
+                items += several
+                left -= len(several)
+            else:
+                if reader is None:
+                    reader = begin()
+                item = reader.resume(source)
+                if item is MORE:
+                    self._left, self._reader = left, reader
+                    self._used = used + before - len(source)
+                    return MORE
+                reader = None
+                items.append(item)
+                left -= 1
             if used + before - len(source) > MAX_LIST:
                 raise ProtocolError(f"list in the protocol has more than {MAX_LIST} bytes")
         return items
@@ -442,7 +512,10 @@ class SortedSet(Kind[tuple[S, ...]], Generic[S]):
     def write(self, value: Iterable[S], out: list[bytes]) -> None:
         values = in_byte_order(value)
         out.append(encode_int(len(values)))
-        out += map(encode_string, values)
+        if all(map(str.isascii, values)):
+            out.append(_encode_ascii(values))
+        else:
+            out += map(encode_string, values)
 
 
 class Converted:

@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import NotInStore, ProtocolError
 from guixd.formats import wire
+from guixd.formats.path import StorePath
 from guixd.formats.wire import MORE, Kind, Source
 
 
@@ -171,3 +172,55 @@ class Feeding(SynchronousTestCase):
             source.settle()
         self.assertEqual(value, ("x" * 1000,) * 60)
         self.assertLessEqual(source.steps, len(data) + 60)
+
+
+class Paths(SynchronousTestCase):
+    """Lists of store paths, which are read many at once where possible."""
+
+    names = st.text("abc\u00e9\u4e00.-", min_size=1, max_size=20)
+
+    @settings(deadline=None)
+    @given(st.lists(names, max_size=30), st.lists(st.integers(1, 300), min_size=1))
+    def test_pieces(self, names: list[str], sizes: list[int]) -> None:
+        """P11: the usual form and others, in any pieces."""
+        paths = [f"/gnu/store/{name}" for name in names]
+        data = wire.NAMES.encode(paths)
+        source, reader, value = Source(), wire.PATHS.begin(), MORE
+        for size in sizes * (len(data) // sum(sizes) + 1):
+            source.feed(data[:size])
+            data = data[size:]
+            value = reader.resume(source)
+            source.settle()
+            if value is not MORE:
+                break
+        self.assertEqual(value, tuple(sorted(set(paths))))
+        self.assertEqual(wire.PATHS.encode(value), wire.NAME_SET.encode(paths))
+
+    def test_wrong(self) -> None:
+        """P5, P6, P7: what is wrong in the middle is found as if it came alone."""
+        good = wire.encode_string("/gnu/store/good")
+        for wrong in (
+            *map(wire.encode_string, ("", "x", "/gnu/store", "/gnu/store/", "/gnu/store/a/b")),
+            good[:-1] + b"x",
+            good[:4] + b"\1" + good[5:],
+            wire.encode_string("/gnu/store/" + "x" * wire.MAX_NAME),
+        ):
+            with self.assertRaises((NotInStore, ProtocolError)) as alone:
+                decode(wire.PATH, wrong)
+            with self.assertRaises(type(alone.exception)) as among:
+                decode(wire.PATHS, wire.encode_int(3) + good + wrong + good)
+            self.assertEqual(str(alone.exception), str(among.exception))
+
+    def test_linear(self) -> None:
+        """Paths of another form in between do not make each cost a look at all the rest."""
+        looks = 0
+        original = Source.paths
+
+        def count(source: Source, most: int) -> list[StorePath]:
+            nonlocal looks
+            looks += 1
+            return original(source, most)
+
+        self.patch(Source, "paths", count)
+        value = decode(wire.PATHS, wire.NAMES.encode(["/gnu/store/a", "/gnu/store/\u00e9"] * 50))
+        self.assertEqual((len(value), looks), (2, 1))
