@@ -148,12 +148,9 @@ class FakeProcess:
         if self._ended:
             return
         self._ended = True
-        success = code == 0 and signal is None
-        error: Exception
-        if success:
+        error: Any = ProcessTerminated(code, signal)  # type: ignore[no-untyped-call]
+        if code == 0 and signal is None:
             error = ProcessDone(0)  # type: ignore[no-untyped-call]
-        else:
-            error = ProcessTerminated(code, signal)  # type: ignore[no-untyped-call]
         self._protocol.processExited(Failure(error))  # type: ignore[no-untyped-call]
         self._protocol.processEnded(Failure(error))  # type: ignore[no-untyped-call]
 
