@@ -9,6 +9,11 @@ from guixd.errors import BadHash
 
 BASE32_ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
 _PAIRS = [high + low for high in BASE32_ALPHABET for low in BASE32_ALPHABET]
+_DIGITS = bytes(map(ord, BASE32_ALPHABET)) + bytes(224)
+_HALVES = [  # for 2, 4, ..., 32 groups: where the lower one of each pair is, and 3/5 of its width
+    (sum((1 << 5 * size) - 1 << 16 * size * place for place in range(16 // size)), 3 * size)
+    for size in (16, 8, 4, 2, 1)
+]
 _VALUES = {ord(c): i for i, c in enumerate(BASE32_ALPHABET)}
 
 
@@ -62,6 +67,16 @@ def to_base32(digest: bytes) -> str:
     # Two digits at a time; of an odd number the first one is too many.
     shifts = range(10 * ((length + 1) // 2 - 1), -1, -10)
     return "".join([_PAIRS[number >> shift & 1023] for shift in shifts])[length & 1 :]
+
+
+def folded_base32(digest: bytes) -> str:
+    """Return `to_base32(fold(digest))` of a DIGEST of 21 to 40 bytes, faster."""
+    spread = int.from_bytes(digest[:20], "little") ^ int.from_bytes(digest[20:], "little")
+    # Halve the groups of bits, from one of 160 to 32 of 5, each of which gets a byte.
+    for mask, shift in _HALVES:
+        lower = spread & mask
+        spread = lower | (spread ^ lower) << shift
+    return str(spread.to_bytes(32, "big").translate(_DIGITS), "ascii")
 
 
 def from_base32(text: str, size: int) -> bytes:

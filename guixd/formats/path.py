@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from guixd.errors import BadName, NotInStore
-from guixd.formats.hashes import fold, to_base32
+from guixd.formats.hashes import folded_base32
 
 HASH_LENGTH = 32
 DERIVATION_SUFFIX = ".drv"
@@ -98,7 +98,7 @@ class StoreDirectory(NamedTuple):
         check_name(name)
         fingerprint = f"{kind}:sha256:{inner.hex()}:{self.path}:{name}"
         digest = hashlib.sha256(fingerprint.encode("utf-8", "surrogateescape")).digest()
-        return StorePath(f"{self.path}/{to_base32(fold(digest))}-{name}")
+        return StorePath(f"{self.path}/{folded_base32(digest)}-{name}")
 
     def text_path(self, name: str, digest: bytes, references: Iterable[str]) -> StorePath:
         """Return the path of a text whose sha256 is DIGEST and that refers to REFERENCES."""

@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
+from typing import TypeVar
 
 from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
 from guixd.formats.derivation import Derivation
@@ -14,6 +15,7 @@ from guixd.store.items import PathInfo, Registration
 from guixd.store.queries import Queries, hash_text, storable
 from guixd.store.schema import prepare, store_error
 
+_T = TypeVar("_T")
 _MAXIMUM_KNOWN = 1 << 16
 _MAXIMUM_INFOS = 1 << 14
 _LONGEST_KNOWN = 1024  # longer ones can hardly be valid, and clients may ask for many
@@ -38,6 +40,7 @@ class Database(Queries):
         prepare(directory)
         super().__init__(directory, store, read_only=False)
         self._clock = clock
+        self._writer = self._connection.cursor()
         self._seen = self._mark.raw
         self._copied_pages = 0
         self._known: dict[str, int] = {}  # row numbers; 0 for what is not valid
@@ -79,6 +82,12 @@ class Database(Queries):
             self._forget()
         row = self._known.get(path)
         return (self._row(path) if row is None else row) > 0
+
+    def is_known_valid(self, path: str) -> bool:
+        """Whether PATH is known to be valid without asking the database itself."""
+        if self._mark.raw != self._seen:
+            self._forget()
+        return self._known.get(path, 0) > 0
 
     def valid_paths(self, paths: Iterable[StorePath]) -> set[StorePath]:
         """Return those of PATHS that are valid."""
@@ -139,16 +148,16 @@ class Database(Queries):
 
     # --- writing --------------------------------------------------------------
 
-    def _write(self, work: Callable[[], None]) -> None:
+    def _write(self, work: Callable[[], _T]) -> _T:
         """Do WORK in a transaction; what is remembered is true inside it."""
-        execute = self._connection.execute
+        execute, mark = self._writer.execute, self._mark
         try:
             execute("BEGIN IMMEDIATE")
             try:
-                before = self._mark.raw
+                before = mark.raw
                 if before != self._seen:
                     self._forget()
-                work()
+                result = work()
                 execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
@@ -156,9 +165,43 @@ class Database(Queries):
                 raise
         except sqlite3.Error as error:
             raise store_error(error) from error
-        after = self._mark.raw
-        if self._mark.only_mine(before, after):
+        after = mark.raw
+        if mark.only_mine(before, after):
             self._seen = after
+        return result
+
+    def add(
+        self, item: Registration, derivation: Derivation | None, make: Callable[[], None]
+    ) -> bool:
+        """Make ITEM valid, unless it is.
+
+        :param derivation: the checked contents if it ends in `.drv`.
+        :param make: puts its files in place; called last, just before the commit, and
+            only if the item is not valid.  Nobody can write to the database meanwhile.
+        :return: whether the item is new.  If this raises, `make` may have been called.
+        :raises PathNotValid: something that is referred to is not valid.
+        """
+        path = item.path
+        if not storable(path):
+            raise BadName(f"'{path}' is not UTF-8")
+        now = int(self._clock())
+
+        def work() -> int:
+            row = self._insert(item, now)
+            if row:
+                if derivation is not None:
+                    self._record_outputs(row, derivation)
+                if item.references:
+                    self._record_references(row, item.references, {path: row})
+                make()
+            else:
+                self._row(path)
+            return row
+
+        row = self._write(work)
+        if row:
+            self._know(path, row)
+        return row > 0
 
     def register(
         self,
@@ -202,11 +245,10 @@ class Database(Queries):
         rows: dict[str, int],
         fresh: list[Registration],
     ) -> None:
-        execute, executemany = self._connection.execute, self._connection.executemany
         for item in items:
             row = rows.get(item.path) or self._row(item.path)
             if row:
-                execute(
+                self._writer.execute(
                     "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
                     (hash_text(item.nar_hash), item.nar_size or None, row),
                 )
@@ -215,28 +257,18 @@ class Database(Queries):
                 fresh.append(item)
             rows[item.path] = row
             if item.path.is_derivation:
-                outputs = derivations[item.path].outputs.items()
-                executemany(
-                    "INSERT OR REPLACE INTO DerivationOutputs (drv, id, path) VALUES (?, ?, ?)",
-                    [(row, name, str(output.path)) for name, output in outputs],
-                )
+                self._record_outputs(row, derivations[item.path])
         for item in items:
             if item.references:
-                pairs = []
-                for path in item.references:
-                    reference = rows.get(path) or self._row(path)
-                    if not reference:
-                        raise PathNotValid(f"path '{path}' is not valid")
-                    pairs.append((rows[item.path], reference))
-                executemany(
-                    "INSERT OR REPLACE INTO Refs (referrer, reference) VALUES (?, ?)", pairs
-                )
+                self._record_references(rows[item.path], item.references, rows)
         if len(fresh) < len(items) > 1:
             self._check_recorded_order(rows)
 
     def _insert(self, item: Registration, now: int) -> int:
-        cursor = self._connection.execute(
-            "INSERT INTO ValidPaths (path, hash, registrationTime, deriver, narSize)"
+        """Return the number of the new row, 0 if ITEM has one already."""
+        writer = self._writer
+        writer.execute(
+            "INSERT OR IGNORE INTO ValidPaths (path, hash, registrationTime, deriver, narSize)"
             " VALUES (?, ?, ?, ?, ?)",
             (
                 str(item.path),
@@ -246,8 +278,27 @@ class Database(Queries):
                 item.nar_size or None,
             ),
         )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        return (writer.lastrowid or 0) if writer.rowcount else 0
+
+    def _record_outputs(self, row: int, derivation: Derivation) -> None:
+        outputs = derivation.outputs.items()
+        self._writer.executemany(
+            "INSERT OR REPLACE INTO DerivationOutputs (drv, id, path) VALUES (?, ?, ?)",
+            [(row, name, str(output.path)) for name, output in outputs],
+        )
+
+    def _record_references(
+        self, row: int, references: Iterable[StorePath], rows: Mapping[str, int]
+    ) -> None:
+        pairs = []
+        for path in references:
+            reference = rows.get(path) or self._row(path)
+            if not reference:
+                raise PathNotValid(f"path '{path}' is not valid")
+            pairs.append((row, reference))
+        self._writer.executemany(
+            "INSERT OR REPLACE INTO Refs (referrer, reference) VALUES (?, ?)", pairs
+        )
 
     def _check_recorded_order(self, ids: Mapping[str, int]) -> None:
         graph = {
@@ -278,7 +329,7 @@ class Database(Queries):
             if referrer != path:
                 raise StoreError(f"cannot invalidate '{path}' because it is in use by '{referrer}'")
         if storable(path):
-            self._connection.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
+            self._writer.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
 
     def set_hash(self, path: StorePath, nar_hash: bytes, nar_size: int) -> None:
         """Replace hash and size of the valid item PATH.
@@ -290,7 +341,7 @@ class Database(Queries):
             row = self._row(path)
             if not row:
                 raise PathNotValid(f"path '{path}' is not valid")
-            self._connection.execute(
+            self._writer.execute(
                 "UPDATE ValidPaths SET hash = ?, narSize = ? WHERE id = ?",
                 (hash_text(nar_hash), nar_size or None, row),
             )
@@ -316,7 +367,7 @@ class Database(Queries):
         self._write(lambda: self._many(statement, entries))
 
     def _many(self, statement: str, entries: Iterable[tuple[object, ...]]) -> None:
-        self._connection.executemany(statement, entries)
+        self._writer.executemany(statement, entries)
 
 
 def _check_order(items: Collection[Registration]) -> None:

@@ -12,8 +12,7 @@ import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 
 from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
@@ -45,11 +44,8 @@ _Read = Callable[[StorePath], Derivation]
 class PreparedText:
     """A text that can be added."""
 
-    path: StorePath
+    item: Registration
     text: bytes
-    nar_hash: bytes
-    nar_size: int
-    references: frozenset[StorePath]
     derivation: Derivation | None
 
 
@@ -240,9 +236,7 @@ class LocalStore:
         """
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
-        if self.database.is_valid(path):
-            return path
-        return self._commit_text(self._prepare_text(path, text, references, self._read_input))
+        return self._add_text(path, text, references, self._read_input)
 
     def try_add_text(
         self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
@@ -256,14 +250,20 @@ class LocalStore:
             return None
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
-        if self.database.is_valid(path):
-            return path
         read = _Sparingly(self._read_input, self._derivations)
         try:
-            prepared = self._prepare_text(path, text, references, read)
+            return self._add_text(path, text, references, read)
         except _TooMany:
             return None
-        return self._commit_text(prepared)
+
+    def _add_text(
+        self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
+    ) -> StorePath:
+        # Commits test validity themselves; asking the database first is for what costs more.
+        known = self.database.is_valid if path.is_derivation else self.database.is_known_valid
+        if not known(path):
+            self._commit_text(self._prepare_text(path, text, references, read))
+        return path
 
     def prepare_text(
         self, name: str, text: bytes, references: Collection[StorePath]
@@ -283,10 +283,9 @@ class LocalStore:
 
     def commit_text(self, prepared: PreparedText, session: TempRoots) -> StorePath:
         """Add what `prepare_text` returned; what is raised is as in `add_text`."""
-        session.add(prepared.path)
-        if self.database.is_valid(prepared.path):
-            return prepared.path
-        return self._commit_text(prepared)
+        session.add(prepared.item.path)
+        self._commit_text(prepared)
+        return prepared.item.path
 
     def _prepare_text(
         self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
@@ -296,32 +295,62 @@ class LocalStore:
             drv = derivation.parse(text, self.directory, path)
             self._check(drv, path, references, read)
         digest = hashlib.sha256(nar_of_file(text)).digest()
-        return PreparedText(path, text, digest, file_size(len(text)), frozenset(references), drv)
+        item = Registration(path, digest, file_size(len(text)), frozenset(references))
+        return PreparedText(item, text, drv)
 
-    def _commit_text(self, prepared: PreparedText) -> StorePath:
-        path, drv = prepared.path, prepared.derivation
-        for reference in prepared.references:
-            if not self.database.is_valid(reference):
-                raise PathNotValid(f"path '{reference}' is not valid")
-        with self._creating(path) as valid:
-            if valid:
-                return path
-            _write_item(path, prepared.text)
-            try:
-                self.database.register(
-                    (
-                        Registration(
-                            path, prepared.nar_hash, prepared.nar_size, prepared.references
-                        ),
-                    ),
-                    {} if drv is None else {path: drv},
-                )
-            except BaseException:
-                os.unlink(path)
-                raise
+    def _commit_text(self, prepared: PreparedText) -> None:
+        path, text = prepared.item.path, prepared.text
+        self._make_valid(
+            prepared.item,
+            prepared.derivation,
+            lambda: _write_item(path, text),
+            lambda: os.unlink(path),
+        )
+
+    def _make_valid(
+        self,
+        item: Registration,
+        drv: Derivation | None,
+        make: Callable[[], None],
+        unmake: Callable[[], None],
+    ) -> bool:
+        """Make ITEM valid, unless it is.
+
+        :param drv: its checked contents if it is a derivation.
+        :param make: puts its files in place, in one short step, or fails and leaves nothing.
+        :param unmake: takes them away again.
+        :return: whether the item is new.
+        """
+        path = item.path
+        if PathLocks.is_held(path):
+            raise Busy(f"'{path}' is being made")
+        locks = None
+        if not self._big_lock.try_alone():
+            if self.database.is_valid(path):
+                return False
+            locks = PathLocks.acquire([path])
+            if locks is None:
+                raise Busy(f"another process is making '{path}'")
+        made = valid = False
+
+        def make_it() -> None:
+            nonlocal made
+            make()
+            made = True
+
+        try:
+            self.database.add(item, drv, make_it)
+            valid = True
+        finally:
+            if made and not valid:
+                unmake()
+            if locks is None:
+                self._big_lock.share()
+            else:
+                locks.release(delete=valid)
         if drv is not None:
             self._remember(path, drv)
-        return path
+        return made
 
     def begin_addition(
         self, name: str, algorithm: str, recursive: bool, session: TempRoots | None = None
@@ -356,30 +385,17 @@ class LocalStore:
                     raise BadDerivation(f"cannot read '{path}', which is not a regular file")
                 drv = derivation.parse(text, self.directory, path)
                 self._check(drv, path, (), self._read_input)
-            with self._creating(path) as valid:
-                if not valid:
-                    self._take_over(addition, path, drv)
+            if self._make_valid(
+                Registration(path, addition.nar_hash, addition.nar_size),
+                drv,
+                lambda: _take_over(addition, path),
+                lambda: os.rename(path, addition.staging),
+            ):
+                self._staged.discard(addition.staging)
+                self._free_names.append(addition.staging)
         if addition.nar_size <= INLINE_TEXT:
             self.discard_addition(addition)
         return path
-
-    def _take_over(self, addition: Addition, path: StorePath, drv: Derivation | None) -> None:
-        try:
-            if os.path.lexists(path):
-                _clear(path)
-            os.rename(addition.staging, path)
-        except OSError as error:
-            raise StoreError(f"cannot make '{path}': {error.strerror}") from error
-        try:
-            self.database.register(
-                (Registration(path, addition.nar_hash, addition.nar_size),),
-                {} if drv is None else {path: drv},
-            )
-        except BaseException:
-            os.rename(path, addition.staging)
-            raise
-        self._staged.discard(addition.staging)
-        self._free_names.append(addition.staging)
 
     def is_left(self, addition: Addition) -> bool:
         """Whether something of ADDITION waits for `discard_addition`."""
@@ -451,25 +467,6 @@ class LocalStore:
             raise PathNotValid(f"the input derivation '{path}' is not valid")
         return self._read(path)
 
-    @contextmanager
-    def _creating(self, path: StorePath) -> Iterator[bool]:
-        """Keep everybody else from making PATH; gives whether it is valid by now."""
-        if PathLocks.is_held(path):
-            raise Busy(f"'{path}' is being made")
-        with self._big_lock.exclusively() as alone:
-            if alone:
-                yield self.database.is_valid(path)
-                return
-        locks = PathLocks.acquire([path])
-        if locks is None:
-            raise Busy(f"another process is making '{path}'")
-        done = False
-        try:
-            yield self.database.is_valid(path)
-            done = True
-        finally:
-            locks.release(delete=done)
-
     def _staging_name(self) -> str:
         if self._free_names:
             return self._free_names.pop()
@@ -529,6 +526,15 @@ def _write_item(path: StorePath, text: bytes) -> None:
             os.close(fd)
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _take_over(addition: Addition, path: StorePath) -> None:
+    try:
+        if os.path.lexists(path):
+            _clear(path)
+        os.rename(addition.staging, path)
+    except OSError as error:
+        raise StoreError(f"cannot make '{path}': {error.strerror}") from error
 
 
 def _clear(path: StorePath) -> None:

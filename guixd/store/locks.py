@@ -112,20 +112,28 @@ class FileLock:
             os.close(self._fd)
             self._fd = None
 
+    def try_alone(self) -> bool:
+        """Make the shared lock that is held exclusive, if nobody else has it.
+
+        :return: whether that was possible; then `share` must follow soon, without waiting.
+        """
+        return self._fd is not None and lock_descriptor(self._fd, exclusive=True)
+
+    def share(self) -> None:
+        """Make the exclusive lock that is held shared again."""
+        if self._fd is not None:
+            lock_descriptor(self._fd, exclusive=False)
+
     @contextmanager
     def exclusively(self) -> Iterator[bool]:
-        """Make the shared lock that is held exclusive for a moment, if nobody else has it.
-
-        Gives whether that was possible.  The block must be short and must not wait.
-        """
-        fd = self._fd
-        if fd is None or not lock_descriptor(fd, exclusive=True):
+        """Give whether the shared lock that is held could be made exclusive for the block."""
+        if not self.try_alone():
             yield False
             return
         try:
             yield True
         finally:
-            lock_descriptor(fd, exclusive=False)
+            self.share()
 
 
 class PathLocks:

@@ -74,7 +74,7 @@ class TempRoots:
             if not lock_descriptor(fd, exclusive=True, wait=wait):
                 raise Busy(_BUSY)
             try:
-                entry = os.fsencode(path) + b"\0"
+                entry = path.encode("utf-8", "surrogateescape") + b"\0"
                 if os.write(fd, entry) != len(entry):
                     raise StoreError(f"cannot write '{self._file}'")
             finally:

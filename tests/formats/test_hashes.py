@@ -58,6 +58,12 @@ class Base32Tests(SynchronousTestCase):
         """S1: what is written is read again."""
         self.assertEqual(hashes.from_base32(hashes.to_base32(digest), len(digest)), digest)
 
+    @settings(deadline=None)
+    @given(st.binary(min_size=21, max_size=40))
+    def test_folded(self, digest: bytes) -> None:
+        """S2: the short way gives the same digits."""
+        self.assertEqual(hashes.folded_base32(digest), hashes.to_base32(hashes.fold(digest)))
+
     def test_refused(self) -> None:
         """S1: wrong length, letters outside the alphabet, bits beyond the digest."""
         good = "0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73"
