@@ -15,9 +15,7 @@ from tests.support import temporary_directory
 
 ROOT = Path(__file__).parents[2]
 # Put together so that this file does not contain them.
-_FOREIGN = re.compile(
-    rb"(?<![\w.~/-])/(?:wor" rb"k|root|srv)/|pypi\.org|files\.pythonhos" rb"ted"
-)
+_FOREIGN = re.compile(rb"(?<![\w.~/-])/(?:wor" rb"k|root|srv)/|pypi\.org|files\.pythonhos" rb"ted")
 
 
 def _files() -> list[Path]:
