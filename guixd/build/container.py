@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from guixd.build.users import BuildUser
 from guixd.errors import SandboxError
@@ -24,7 +25,10 @@ NO_NETWORK = (
     "this build has no network: builds with a fixed output are run without one by this daemon"
 )
 
-_DEVICES = ("full", "kvm", "null", "random", "tty", "urandom", "zero")
+_DEVICES = tuple(
+    Bind(f"/dev/{name}", f"/dev/{name}", read_only=False, optional=True)
+    for name in ("full", "kvm", "null", "random", "tty", "urandom", "zero")
+)
 _DEVICE_LINKS = (
     ("/dev/fd", "/proc/self/fd"),
     ("/dev/stdin", "/proc/self/fd/0"),
@@ -102,6 +106,7 @@ def plan(
     if root is None and os.path.lexists(HOMELESS):
         raise SandboxError("plan", f"'{HOMELESS}' exists, which builds must not find; remove it")
     directory = build_directory if root is None else inner_directory(path)
+    fixed = derivation.has_fixed_outputs
     unsupported, foreign = _platform_texts(derivation, path, settings)
     return SandboxSpec(
         program=derivation.builder,
@@ -110,7 +115,7 @@ def plan(
         directory=directory,
         store=settings.directories.store,
         root=root,
-        files=() if root is None else _files(derivation, user, settings),
+        files=() if root is None else _files(user, settings, fixed=fixed),
         binds=(
             () if root is None else _binds(derivation, inputs, build_directory, directory, settings)
         ),
@@ -121,7 +126,7 @@ def plan(
             if root is not None and user is None
             else None
         ),
-        loopback=not derivation.has_fixed_outputs or settings.isolate_host_loopback,
+        loopback=not fixed or settings.isolate_host_loopback,
         personality=_personality(derivation.platform, settings, host.machine),
         unsupported_platform=unsupported,
         foreign_platform=foreign,
@@ -152,15 +157,36 @@ def environment(
     if derivation.has_fixed_outputs:
         for name in derivation.environment.get("impureEnvVars", "").split():
             variables[name] = impure.get(name, "")
-    return tuple(sorted(variables.items(), key=lambda item: os.fsencode(item[0])))
+    return tuple((name, variables[name]) for name in _by_bytes(variables))
+
+
+def _by_bytes(names: Iterable[str]) -> list[str]:
+    """Sort as bytes are; characters are in the same order if all are ASCII."""
+    names = list(names)
+    names.sort(key=None if "".join(names).isascii() else os.fsencode)
+    return names
 
 
 def _maps(settings: Settings, *targets: str) -> bool:
     return any(target in targets for target, _ in settings.chroot_directories)
 
 
-def _files(derivation: Derivation, user: BuildUser | None, settings: Settings) -> tuple[File, ...]:
+def _files(user: BuildUser | None, settings: Settings, *, fixed: bool) -> tuple[File, ...]:
     uid, gid = (GUEST_UID, GUEST_GID) if user is None else (user.uid, user.gid)
+    return _standard_files(
+        settings.directories.store,
+        uid,
+        gid,
+        store_gid=None if user is None else gid,
+        hosts=not fixed,
+        devices=not _maps(settings, "/dev"),
+    )
+
+
+@lru_cache(maxsize=64)
+def _standard_files(
+    store: str, uid: int, gid: int, *, store_gid: int | None, hosts: bool, devices: bool
+) -> tuple[File, ...]:
     passwd = (
         f"nixbld:x:{uid}:{gid}:Nix build user:/:/noshell\nnobody:x:65534:65534:Nobody:/:/noshell\n"
     )
@@ -168,16 +194,11 @@ def _files(derivation: Derivation, user: BuildUser | None, settings: Settings) -
         File("/tmp", "directory", 0o1777),
         File("/etc/passwd", "file", 0o644, passwd),
         File("/etc/group", "file", 0o644, f"nixbld:!:{gid}:\n"),
-        File(
-            settings.directories.store,
-            "directory",
-            0o1775,
-            gid=None if user is None else gid,
-        ),
+        File(store, "directory", 0o1775, gid=store_gid),
     ]
-    if not derivation.has_fixed_outputs:
+    if hosts:
         files.append(File("/etc/hosts", "file", 0o644, "127.0.0.1 localhost\n::1 localhost\n"))
-    if not _maps(settings, "/dev"):
+    if devices:
         files += [File("/dev/shm", "directory"), File("/dev/pts", "directory")]
         files += [File(name, "symlink", content=target) for name, target in _DEVICE_LINKS]
     return tuple(files)
@@ -197,23 +218,26 @@ def _binds(
         binds[target] = Bind(source, target, read_only, optional)
 
     if not _maps(settings, "/dev"):
-        for name in _DEVICES:
-            device = "/dev/" + name
-            add(device, device, read_only=False, optional=True)
+        binds.update((device.target, device) for device in _DEVICES)
     if derivation.has_fixed_outputs:
         for name in _NETWORK_FILES:
             add(os.path.realpath(name), name, read_only=True, optional=True)
     add(build_directory, directory, read_only=False)
-    outputs = set(derivation.output_paths)
-    for item in inputs:
-        if item not in outputs:
-            add(item, item, read_only=True)
+    binds.update(_item_binds(frozenset(inputs)))
+    for output in derivation.output_paths:
+        binds.pop(output, None)
     store = settings.directories.store
     for target, source in settings.chroot_directories:
         names = (source + "/", os.path.realpath(source) + "/")
         inside = any(name.startswith(store + "/") for name in names)
         add(source, target, read_only=inside)
-    return tuple(sorted(binds.values(), key=lambda bind: os.fsencode(bind.target)))
+    return tuple(binds[target] for target in _by_bytes(binds))
+
+
+@lru_cache(maxsize=16)
+def _item_binds(items: frozenset[StorePath]) -> tuple[tuple[str, Bind], ...]:
+    """Return the mounts of store items by target; builds often have the same inputs."""
+    return tuple((item, Bind(item, item)) for item in items)
 
 
 def _personality(system: str, settings: Settings, machine: str) -> int:
