@@ -6,6 +6,7 @@ import bz2
 import os
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from twisted.internet.defer import Deferred
@@ -87,6 +88,12 @@ _CODECS: dict[str, Callable[[], _Plain | _Gzip | _Bzip2]] = {
 }
 
 
+@cache
+def _empty(compression: str) -> bytes:
+    """Return the file of a log without text; many builds write nothing."""
+    return _CODECS[compression]().end()
+
+
 class LogFile:
     """A log being written.
 
@@ -111,7 +118,7 @@ class LogFile:
         self._clock = clock
         self._threads = threads
         self._on_room = on_room
-        self._codec = _CODECS[compression]()
+        self._codec: _Plain | _Gzip | _Bzip2 | None = None
         self._fd = -1
         self._writing = False
         self._pending: list[bytes] = []
@@ -160,6 +167,8 @@ class LogFile:
         )
 
     def _step(self, data: bytes, flush: bool) -> None:
+        if self._codec is None:
+            self._codec = _CODECS[self.compression]()
         out = self._codec.add(data)
         if flush:
             out += self._codec.flush()
@@ -232,7 +241,11 @@ class LogFile:
             self._writing = self._unflushed = False
             data = b"".join(self._pending)
             self._pending.clear()
-            _write_all(self._fd, self._codec.add(data) + self._codec.end())
+            if self._codec is None and not data:
+                _write_all(self._fd, _empty(self.compression))
+                return
+            codec = self._codec or _CODECS[self.compression]()
+            _write_all(self._fd, codec.add(data) + codec.end())
 
     def release(self) -> None:
         """Let go of the closed file, which nobody will read back any more."""
