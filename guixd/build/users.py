@@ -12,13 +12,12 @@ import pwd
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from guixd.errors import GuixdError
+from guixd.errors import GuixdError, StoreError
 from guixd.settings import Settings, UidRange
 from guixd.store.locks import FileLock
 
@@ -112,7 +111,7 @@ class BuildUserPool:
         self, clock: IReactorTime, directory: str, members: Callable[[], tuple[BuildUser, ...]]
     ) -> None:
         self._clock = clock
-        self._directory = Path(directory)
+        self._directory = directory
         self._members = members
         self._waiting: deque[Deferred[BuildUser]] = deque()
         self._held: dict[int, FileLock] = {}
@@ -190,9 +189,8 @@ class BuildUserPool:
                 continue
             if user.uid in own:
                 raise UsersError(f"the build user '{user.name}' must not be the daemon's own user")
-            self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            lock = FileLock(str(self._directory / str(user.uid)))
-            if lock.acquire(exclusive=True, wait=False):
+            lock = FileLock(f"{self._directory}/{user.uid}")
+            if self._lock(lock):
                 self._held[user.uid] = lock
                 return user
             lock.close()
@@ -201,6 +199,13 @@ class BuildUserPool:
             _log.info("waiting for build users that another process holds")
             self._retry = self._clock.callLater(RETRY, self._serve)
         return None
+
+    def _lock(self, lock: FileLock) -> bool:
+        try:
+            return lock.acquire(exclusive=True, wait=False)
+        except StoreError:
+            os.makedirs(self._directory, mode=0o755, exist_ok=True)
+            return lock.acquire(exclusive=True, wait=False)
 
     def stop(self) -> None:
         """Forget the timers; used when the daemon ends."""
