@@ -259,7 +259,7 @@ class LocalStore:
     def _add_text(
         self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
     ) -> StorePath:
-        # Commits test validity themselves; asking the database first is for what costs more.
+        # For what costs little, it is enough that the file is not there yet.
         known = self.database.is_valid if path.is_derivation else self.database.is_known_valid
         if not known(path):
             self._commit_text(self._prepare_text(path, text, references, read))
@@ -299,25 +299,26 @@ class LocalStore:
         return PreparedText(item, text, drv)
 
     def _commit_text(self, prepared: PreparedText) -> None:
-        path, text = prepared.item.path, prepared.text
+        item = prepared.item
         self._make_valid(
-            prepared.item,
+            item,
             prepared.derivation,
-            lambda: _write_item(path, text),
-            lambda: os.unlink(path),
+            lambda: _write_item(item.path, prepared.text, self.database.is_valid),
+            lambda: os.unlink(item.path),
         )
 
     def _make_valid(
         self,
         item: Registration,
         drv: Derivation | None,
-        make: Callable[[], None],
+        make: Callable[[], bool],
         unmake: Callable[[], None],
     ) -> bool:
         """Make ITEM valid, unless it is.
 
         :param drv: its checked contents if it is a derivation.
-        :param make: puts its files in place, in one short step, or fails and leaves nothing.
+        :param make: puts its files in place, in one short step, unless it is valid, and
+            tells whether it did; if it fails it leaves nothing.
         :param unmake: takes them away again.
         :return: whether the item is new.
         """
@@ -331,23 +332,19 @@ class LocalStore:
             locks = PathLocks.acquire([path])
             if locks is None:
                 raise Busy(f"another process is making '{path}'")
-        made = valid = False
-
-        def make_it() -> None:
-            nonlocal made
-            make()
-            made = True
-
+        made = done = False
         try:
-            self.database.add(item, drv, make_it)
-            valid = True
+            made = make()
+            if made:
+                self.database.add(item, drv)
+            done = True
         finally:
-            if made and not valid:
+            if made and not done:
                 unmake()
             if locks is None:
                 self._big_lock.share()
             else:
-                locks.release(delete=valid)
+                locks.release(delete=done)
         if drv is not None:
             self._remember(path, drv)
         return made
@@ -364,7 +361,13 @@ class LocalStore:
         :param session: not needed; the name is protected by roots of our own.
         :raises Busy: another process collects.
         """
-        staging = self._staging_name()
+        try:
+            staging = self._staging_name()
+        except Busy:
+            raise
+        except StoreError as error:
+            # The archive must be read all the same, to find the next request behind it.
+            return Addition(self.directory, "", name, algorithm, recursive, refused=error)
         self._staged.add(staging)
         return Addition(self.directory, staging, name, algorithm, recursive)
 
@@ -388,7 +391,7 @@ class LocalStore:
             if self._make_valid(
                 Registration(path, addition.nar_hash, addition.nar_size),
                 drv,
-                lambda: _take_over(addition, path),
+                lambda: _take_over(addition, path, self.database.is_valid),
                 lambda: os.rename(path, addition.staging),
             ):
                 self._staged.discard(addition.staging)
@@ -504,13 +507,18 @@ def _unused_name(store: str) -> str:
             return name
 
 
-def _write_item(path: StorePath, text: bytes) -> None:
-    """Make the file PATH, with the mode and time of all items, whatever is there."""
+def _write_item(path: StorePath, text: bytes, is_valid: Callable[[StorePath], bool]) -> bool:
+    """Make the file PATH, with the mode and time of all items, whatever is there.
+
+    :return: whether that was necessary, as it was not valid.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         try:
             fd = os.open(path, flags, 0o444)
         except FileExistsError:
+            if is_valid(path):
+                return False
             _clear(path)
             fd = os.open(path, flags, 0o444)
         try:
@@ -526,15 +534,19 @@ def _write_item(path: StorePath, text: bytes) -> None:
             os.close(fd)
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror}") from error
+    return True
 
 
-def _take_over(addition: Addition, path: StorePath) -> None:
+def _take_over(addition: Addition, path: StorePath, is_valid: Callable[[StorePath], bool]) -> bool:
+    if is_valid(path):
+        return False
     try:
         if os.path.lexists(path):
             _clear(path)
         os.rename(addition.staging, path)
     except OSError as error:
         raise StoreError(f"cannot make '{path}': {error.strerror}") from error
+    return True
 
 
 def _clear(path: StorePath) -> None:
