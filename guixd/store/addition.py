@@ -29,7 +29,14 @@ class Addition:
     """
 
     def __init__(
-        self, store: StoreDirectory, staging: str, name: str, algorithm: str, recursive: bool
+        self,
+        store: StoreDirectory,
+        staging: str,
+        name: str,
+        algorithm: str,
+        recursive: bool,
+        *,
+        refused: GuixdError | None = None,
     ) -> None:
         """Prepare for an archive.
 
@@ -37,6 +44,7 @@ class Addition:
         :param name: the wanted name; tested here, reported by `result`.
         :param algorithm: of the hash in the name; tested likewise.
         :param recursive: whether the hash is that of the archive, not of a file's contents.
+        :param refused: why nothing is to be written; reported by `result`.
         """
         self.staging = staging
         self.complete = False
@@ -52,6 +60,8 @@ class Addition:
         self._writer = TreeWriter(None, staging)
         self._error: GuixdError | None = None
         try:
+            if refused is not None:
+                raise refused
             check_name(name)
             if not recursive or algorithm != "sha256":
                 self._wanted = hashes.new(algorithm)
