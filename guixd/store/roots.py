@@ -75,8 +75,11 @@ class TempRoots:
                 raise Busy(_BUSY)
             try:
                 entry = path.encode("utf-8", "surrogateescape") + b"\0"
-                if os.write(fd, entry) != len(entry):
-                    raise StoreError(f"cannot write '{self._file}'")
+                done = os.write(fd, entry)
+                if done != len(entry):
+                    # Half a name would spoil the next one.
+                    os.ftruncate(fd, os.fstat(fd).st_size - done)
+                    raise StoreError(f"cannot write '{self._file}': the disk is full")
             finally:
                 lock_descriptor(fd, exclusive=False)
             self.paths.add(path)
