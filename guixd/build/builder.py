@@ -53,6 +53,7 @@ class Builder(ProcessProtocol):
         self._watchdog: Watchdog | None = None
         self._holders: set[str] = set()
         self._killed = False
+        self._killing: Deferred[None] | None = None
         self._ended: Deferred[tuple[Failure]] = Deferred()
 
     def begin(self, process: Any, user: BuildUser | None, options: ClientOptions) -> None:
@@ -84,6 +85,9 @@ class Builder(ProcessProtocol):
             if self._watchdog is not None:
                 self._watchdog.stop()
             self._process = None
+            if self._killing is not None:
+                # Else it could go on when the next build has this user.
+                await self._killing
             if self._user is not None and not self._contained:
                 await self._launcher.kill_user(self._user.uid)
 
@@ -118,7 +122,7 @@ class Builder(ProcessProtocol):
             return
         # Processes that left the builder's group may keep the log open.
         if self._user is not None:
-            self._launcher.kill_user(self._user.uid).addErrback(
+            self._killing = self._launcher.kill_user(self._user.uid).addErrback(
                 lambda failure: _log.failure("cannot kill a build user's processes", failure)
             )
         else:
