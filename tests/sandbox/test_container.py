@@ -255,7 +255,9 @@ class _InContainer:
         )
         self.assertEqual(seen.lines[: len(expected)], expected)
         self.assertIn("lo: <LOOPBACK> ", seen.lines[len(expected)])
-        self.assertTrue(seen.text.endswith(Path("/etc/hosts").read_text(encoding="utf-8")))
+        hosts = Path("/etc/hosts")
+        if hosts.exists():
+            self.assertTrue(seen.text.endswith(hosts.read_text(encoding="utf-8")))
 
     async def test_fixed_output_isolated(self) -> None:
         """X29: with an isolated host the loopback interface is up."""
