@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any, cast
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import TCP4ClientEndpoint, UNIXClientEndpoint
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
@@ -46,6 +48,27 @@ class RawClient(Protocol):
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         self.closed.callback(self.data)
+
+
+class EndpointAs:
+    """Connects to the socket file PATH as the user UID; for root only."""
+
+    def __init__(self, path: str, uid: int) -> None:
+        self._path = path
+        self._uid = uid
+
+    def connect(self, factory: Factory) -> Deferred[Any]:
+        protocol = factory.buildProtocol(None)
+        with socket.socket(socket.AF_UNIX) as connection:
+            os.seteuid(self._uid)
+            try:
+                connection.connect(self._path)
+            finally:
+                os.seteuid(0)
+            reactor.adoptStreamConnection(
+                connection.fileno(), connection.family, Factory.forProtocol(lambda: protocol)
+            )
+        return succeed(protocol)
 
 
 def messages(data: bytes) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -52,6 +53,19 @@ class TempRootTests(SynchronousTestCase):
         Path(self.file).write_text("junk")
         self.roots.add(A)
         self.assertEqual(Path(self.file).read_bytes(), f"{A}\0".encode())
+
+    def test_full_disk(self) -> None:
+        """G21, S11: a name of which only a part fits is not there at all."""
+        self.roots.add(A)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(A) + 11, limits[1]))
+        try:
+            self.assertRaises(StoreError, self.roots.add, B)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assertEqual(Path(self.file).read_bytes(), f"{A}\0".encode())
+        self.roots.add(B)
+        self.assertEqual(Path(self.file).read_bytes(), f"{A}\0{B}\0".encode())
 
     def test_first_root_during_collection(self) -> None:
         """G19: no file is made while a collector has its lock."""
