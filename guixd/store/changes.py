@@ -18,6 +18,8 @@ from typing import Protocol
 
 _HEADER_SIZE = 48
 _WAL_INDEX_VERSION = 3007000
+_commits = struct.Struct("=8xI").unpack_from
+_pages = struct.Struct("=16xI").unpack_from
 
 
 class ChangeMark(Protocol):
@@ -51,15 +53,12 @@ class MappedMark:
 
     def only_mine(self, before: bytes, after: bytes) -> bool:
         # The third word counts commits, also of those who are not us.
-        return _commits(after) - _commits(before) & 0xFFFFFFFF <= 1
+        commits: int = _commits(after)[0] - _commits(before)[0]
+        return commits & 0xFFFFFFFF <= 1
 
     @property
     def log_pages(self) -> int:
-        return int(struct.unpack_from("=I", self._header.raw, 16)[0])
-
-
-def _commits(header: bytes) -> int:
-    return int(struct.unpack_from("=I", header, 8)[0])
+        return int(_pages(self._header.raw)[0])
 
 
 class PragmaMark:

@@ -186,7 +186,7 @@ class Database(Queries):
         :raises PathNotValid: something that is referred to is not valid.
         """
         path = item.path
-        if not storable(path):
+        if not path.isascii() and not storable(path):
             raise BadName(f"'{path}' is not UTF-8")
         now = int(self._clock())
         if item.references or derivation is not None:

@@ -80,6 +80,7 @@ class LocalStore:
         self._ignore_symlinks = ignore_symlinks
         self._clock = clock
         self._big_lock = FileLock(directories.database + "/big-lock")
+        self._alone = True  # as far as we know, nobody else has the big lock
         self._sessions: set[TempRoots] = set()
         self._own_roots: TempRoots | None = None
         self._free_names: list[str] = []
@@ -236,7 +237,7 @@ class LocalStore:
         """
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
-        return self._add_text(path, text, references, self._read_input)
+        return self._add_text(path, text, references, sparing=False)
 
     def try_add_text(
         self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
@@ -250,19 +251,23 @@ class LocalStore:
             return None
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
-        read = _Sparingly(self._read_input, self._derivations)
         try:
-            return self._add_text(path, text, references, read)
+            return self._add_text(path, text, references, sparing=True)
         except _TooMany:
             return None
 
     def _add_text(
-        self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
+        self, path: StorePath, text: bytes, references: Collection[StorePath], *, sparing: bool
     ) -> StorePath:
-        # For what costs little, it is enough that the file is not there yet.
-        known = self.database.is_valid if path.is_derivation else self.database.is_known_valid
-        if not known(path):
-            self._commit_text(self._prepare_text(path, text, references, read))
+        if path.is_derivation:
+            if not self.database.is_valid(path):
+                read: _Read = self._read_input
+                if sparing:
+                    read = _Sparingly(read, self._derivations)
+                self._commit_text(self._prepare_text(path, text, references, read))
+        # The database need not be asked about others: files of valid items are there already.
+        elif not (self.database.is_known_valid if self._alone else self.database.is_valid)(path):
+            self._commit_text(self._prepare_text(path, text, references, self._read_input))
         return path
 
     def prepare_text(
@@ -299,55 +304,43 @@ class LocalStore:
         return PreparedText(item, text, drv)
 
     def _commit_text(self, prepared: PreparedText) -> None:
-        item = prepared.item
-        self._make_valid(
-            item,
-            prepared.derivation,
-            lambda: _write_item(item.path, prepared.text, self.database.is_valid),
-            lambda: os.unlink(item.path),
-        )
-
-    def _make_valid(
-        self,
-        item: Registration,
-        drv: Derivation | None,
-        make: Callable[[], bool],
-        unmake: Callable[[], None],
-    ) -> bool:
-        """Make ITEM valid, unless it is.
-
-        :param drv: its checked contents if it is a derivation.
-        :param make: puts its files in place, in one short step, unless it is valid, and
-            tells whether it did; if it fails it leaves nothing.
-        :param unmake: takes them away again.
-        :return: whether the item is new.
-        """
+        item, drv = prepared.item, prepared.derivation
         path = item.path
-        if PathLocks.is_held(path):
-            raise Busy(f"'{path}' is being made")
-        locks = None
-        if not self._big_lock.try_alone():
-            if self.database.is_valid(path):
-                return False
-            locks = PathLocks.acquire([path])
-            if locks is None:
-                raise Busy(f"another process is making '{path}'")
-        made = done = False
+        locks, done = self._exclude(path), False
         try:
-            made = make()
-            if made:
-                self.database.add(item, drv)
+            if _write_item(path, prepared.text, self.database.is_valid):
+                try:
+                    self.database.add(item, drv)
+                except BaseException:
+                    os.unlink(path)
+                    raise
             done = True
         finally:
-            if made and not done:
-                unmake()
-            if locks is None:
-                self._big_lock.share()
-            else:
-                locks.release(delete=done)
+            self._admit(locks, done)
         if drv is not None:
             self._remember(path, drv)
-        return made
+
+    def _exclude(self, path: StorePath) -> PathLocks | None:
+        """Keep everybody else from making PATH, until `_admit`, which must follow soon.
+
+        :raises Busy: somebody is doing that.
+        """
+        if PathLocks.is_held(path):
+            raise Busy(f"'{path}' is being made")
+        self._alone = self._big_lock.try_alone()
+        if self._alone:
+            return None
+        locks = PathLocks.acquire([path])
+        if locks is None:
+            raise Busy(f"another process is making '{path}'")
+        return locks
+
+    def _admit(self, locks: PathLocks | None, valid: bool) -> None:
+        """Undo `_exclude`, which returned LOCKS, when the path is VALID or will not be made."""
+        if locks is None:
+            self._big_lock.share()
+        else:
+            locks.release(delete=valid)
 
     def begin_addition(
         self, name: str, algorithm: str, recursive: bool, session: TempRoots | None = None
@@ -388,17 +381,29 @@ class LocalStore:
                     raise BadDerivation(f"cannot read '{path}', which is not a regular file")
                 drv = derivation.parse(text, self.directory, path)
                 self._check(drv, path, (), self._read_input)
-            if self._make_valid(
-                Registration(path, addition.nar_hash, addition.nar_size),
-                drv,
-                lambda: _take_over(addition, path, self.database.is_valid),
-                lambda: os.rename(path, addition.staging),
-            ):
-                self._staged.discard(addition.staging)
-                self._free_names.append(addition.staging)
+            self._take_over(addition, path, drv)
         if addition.nar_size <= INLINE_TEXT:
             self.discard_addition(addition)
         return path
+
+    def _take_over(self, addition: Addition, path: StorePath, drv: Derivation | None) -> None:
+        item = Registration(path, addition.nar_hash, addition.nar_size)
+        locks, done = self._exclude(path), False
+        try:
+            if not self.database.is_valid(path):
+                _move(addition.staging, path)
+                try:
+                    self.database.add(item, drv)
+                except BaseException:
+                    os.rename(path, addition.staging)
+                    raise
+                self._staged.discard(addition.staging)
+                self._free_names.append(addition.staging)
+            done = True
+        finally:
+            self._admit(locks, done)
+        if drv is not None:
+            self._remember(path, drv)
 
     def is_left(self, addition: Addition) -> bool:
         """Whether something of ADDITION waits for `discard_addition`."""
@@ -537,16 +542,14 @@ def _write_item(path: StorePath, text: bytes, is_valid: Callable[[StorePath], bo
     return True
 
 
-def _take_over(addition: Addition, path: StorePath, is_valid: Callable[[StorePath], bool]) -> bool:
-    if is_valid(path):
-        return False
+def _move(staging: str, path: StorePath) -> None:
+    """Call what is at STAGING PATH, whatever is there."""
     try:
         if os.path.lexists(path):
             _clear(path)
-        os.rename(addition.staging, path)
+        os.rename(staging, path)
     except OSError as error:
         raise StoreError(f"cannot make '{path}': {error.strerror}") from error
-    return True
 
 
 def _clear(path: StorePath) -> None:
