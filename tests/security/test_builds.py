@@ -1,0 +1,359 @@
+"""Builds that attack or go wrong, through a whole daemon with build users."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.threads import deferToThread
+
+from guixd.client import Client, RequestFailed
+from guixd.formats import derivation
+from guixd.formats.derivation import HashCache, Output
+from guixd.formats.path import StorePath
+from guixd.settings import UidRange
+from tests.service.test_real_builds import FIRST_UID, RealCase
+from tests.service.world import EndpointAs, set_options
+from tests.support import requires_root
+
+FOREIGNER = 61998
+FIRST = FIRST_UID + 8
+"""Of the build users here; other modules use the numbers before it."""
+
+
+def mounts() -> list[str]:
+    """Return what is mounted, without numbers that change."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split(" ", 3)[3] for line in lines]
+
+
+def processes_of(uids: range) -> list[str]:
+    """Return the processes of UIDS."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{name}").st_uid in uids:
+                found.append(name)
+        except FileNotFoundError:
+            pass
+    return found
+
+
+@requires_root
+class BuildCase(RealCase):
+    """`shared` is a directory that builders see as `/shared`, to talk to the test."""
+
+    timeout = 60
+    users = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.mounts = mounts()
+
+    def make(self, **options: Any) -> Any:
+        self.shared = Path(self.directory, "shared")
+        self.shared.mkdir()
+        self.shared.chmod(0o777)
+        return super().make(
+            build_uids=UidRange(FIRST, self.users, 64001),
+            chroot_directories=(("/shared", str(self.shared)),),
+            **options,
+        )
+
+    @property
+    def foreigner(self) -> EndpointAs:
+        """Where an ordinary user connects."""
+        return EndpointAs(self.daemon.socket, FOREIGNER)
+
+    async def prepare(
+        self, client: Client, name: str, script: str, **fields: Any
+    ) -> tuple[StorePath, StorePath]:
+        """Add a derivation that runs SCRIPT and has FIELDS; return it and its output.
+
+        In the script `b` is a program with the usual tools, and `await FILE` waits for
+        a file in the shared directory.
+        """
+        script = (
+            f"b={await self.tools(client)}/busybox;"
+            'await() { until $b test -e "/shared/$1"; do $b usleep 20000; done; };' + script
+        )
+        path, out = await self.derive(client, name, script)
+        if not fields:
+            return path, out
+        drv = derivation.parse(Path(path).read_bytes(), self.store, path)
+        drv = replace(drv, **fields)
+        hashes = HashCache(self.unknown, {})
+        outputs = derivation.compute_output_paths(drv, name, self.store, hashes)
+        out = outputs["out"]
+        drv = replace(
+            drv,
+            outputs={"out": Output(out, "", "")},
+            environment={**drv.environment, "out": out},
+        )
+        path = await client.add_text(f"{name}.drv", derivation.serialise(drv), drv.sources)
+        return path, out
+
+    async def appears(self, name: str) -> None:
+        """Wait until a builder has made NAME in the shared directory."""
+        watch = ["sh", "-c", 'until test -e "$1"; do sleep 0.02; done', "sh"]
+        await deferToThread(subprocess.run, [*watch, self.shared / name], check=True, timeout=30)
+
+    async def fails_with(self, status: int, client: Client, drv: StorePath) -> str:
+        """Build DRV, which must fail with STATUS; return the text."""
+        error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
+        self.assertEqual(error.status, status, error.text)
+        return error.text
+
+    async def nothing_left(self) -> None:
+        """End the daemon and test that nothing of its builds is left but the store's items."""
+        await self.daemon.stop()
+        self.assertEqual(mounts(), self.mounts)
+        self.assertEqual(processes_of(range(FIRST, FIRST + self.users)), [])
+        self.assertEqual(os.listdir(self.directory + "/tmp"), [])
+        self.assertEqual([n for n in os.listdir(self.store.path) if n.endswith(".chroot")], [])
+
+
+class SharingTests(BuildCase):
+    async def test_both_see_the_log(self) -> None:
+        """P28, B7: one builder, and both clients see its log from the start to the end."""
+        first, second = await self.client(), await self.client()
+        logs: list[list[bytes]] = [[], []]
+        first.log, second.log = logs[0].append, logs[1].append
+        script = "echo begun; : > /shared/begun; await go; echo done; echo x > $out"
+        drv, out = await self.prepare(first, "s", script)
+        for client in first, second:
+            await client.set_options(set_options())
+        building = first.build_paths([drv])
+        await self.appears("begun")
+        joined: Deferred[None] = Deferred()
+
+        def note(data: bytes) -> None:
+            logs[1].append(data)
+            if b"begun" in data:
+                joined.callback(None)
+
+        second.log = note
+        also = second.build_paths([drv])
+        await joined
+        (self.shared / "go").touch()
+        await gatherResults([building, also])
+        self.assertEqual(Path(out).read_text(), "x\n")
+        texts = [b"".join(log) for log in logs]
+        self.assertEqual(texts[0], texts[1])
+        self.assertEqual(texts[0].count(b"@ build-started"), 1)
+        self.assertIn(b"begun\ndone\n", texts[0])
+        await self.nothing_left()
+
+    async def test_first_leaves(self) -> None:
+        """B8, P27: a build goes on for who still wants it, and ends when nobody does."""
+        first, second, third = [await self.client() for _ in range(3)]
+        drv, out = await self.prepare(first, "s", ": > /shared/begun; await go; echo x > $out")
+        other, other_out = await self.prepare(first, "t", ": > /shared/other; await never")
+        lost = first.build_paths([drv])
+        await self.appears("begun")
+        joined: Deferred[None] = Deferred()
+        second.log = lambda data: None if joined.called else joined.callback(None)
+        await second.set_options(set_options())
+        building = second.build_paths([drv])
+        await joined
+        given_up = third.build_paths([other])
+        await self.appears("other")
+        for client, work in (first, lost), (third, given_up):
+            closing = client.close()
+            await self.assertFailure(work, Exception)
+            await closing
+        (self.shared / "go").touch()
+        await building
+        self.assertEqual(Path(out).read_text(), "x\n")
+        self.assertFalse(os.path.exists(other_out))
+        await self.nothing_left()
+
+
+class OneUserTests(BuildCase):
+    users = 1
+    options = {"max_jobs": 3}
+
+    async def test_three_builds(self) -> None:
+        """X20, B9: three builds share one user, one after the other, and none fails."""
+        clients = [await self.client() for _ in range(3)]
+        script = "$b mkdir /shared/busy; echo x > $out; $b usleep 50000; $b rmdir /shared/busy"
+        drvs = [await self.prepare(clients[0], name, script) for name in "abc"]
+        await gatherResults(
+            [client.build_paths([drv]) for client, (drv, _) in zip(clients, drvs, strict=True)]
+        )
+        for _, out in drvs:
+            self.assertTrue(await clients[0].is_valid_path(out))
+        await self.nothing_left()
+
+
+class BadBuildTests(BuildCase):
+    options = {"max_jobs": 2, "timeout": 2}
+
+    async def test_outside(self) -> None:
+        """CVE-2019-5736, B31, D14: a builder outside of the store is not run: status 100."""
+        client = await self.client()
+        for builder in "/bin/sh", "/proc/self/exe", "/shared/sh", self.store.path, "sh", "":
+            drv, out = await self.prepare(client, "x", ": > /shared/ran", builder=builder)
+            await self.fails_with(100, client, drv)
+            self.assertFalse(await client.is_valid_path(out))
+        self.assertEqual(os.listdir(self.shared), [])
+        await self.nothing_left()
+
+    async def test_platforms(self) -> None:
+        """D23: another kernel's derivation is not tried, another machine's is."""
+        client = await self.client()
+        log: list[bytes] = []
+        client.log = log.append
+        await client.set_options(set_options())
+        script = "echo x > $out"
+        drv, _ = await self.prepare(client, "x", script, platform="i586-gnu")
+        await self.fails_with(100, client, drv)
+        self.assertIn(f"@ unsupported-platform {drv} i586-gnu\n".encode(), b"".join(log))
+        drv, out = await self.prepare(client, "y", script, platform="sparc-linux")
+        await client.build_paths([drv])
+        self.assertTrue(await client.is_valid_path(out))
+        await self.nothing_left()
+
+    async def test_limits_of_daemon(self) -> None:
+        """O16: `--timeout` ends an endless build with status 101."""
+        client = await self.client()
+        drv, _ = await self.prepare(client, "x", "while :; do $b usleep 100000; echo; done")
+        await self.fails_with(101, client, drv)
+        await self.nothing_left()
+
+    async def test_largest_limits(self) -> None:
+        """O16, P21: limits of any size do no harm to the daemon's clock."""
+        client = await self.client()
+        for number in (1 << 63) - 1, 1 << 31, 1 << 53:
+            pairs = ("build-timeout", str(number)), ("build-max-silent-time", str(number))
+            await client.set_options(set_options(*pairs))
+            drv, out = await self.prepare(client, f"x{number}", "echo x > $out")
+            await client.build_paths([drv])
+            self.assertTrue(await client.is_valid_path(out))
+        await self.nothing_left()
+
+
+class SilenceTests(BuildCase):
+    options = {"max_silent_time": 1}
+
+    async def test_silence(self) -> None:
+        """O16: `--max-silent-time` ends a silent build with status 101."""
+        client = await self.client()
+        drv, _ = await self.prepare(client, "x", "echo once; await never")
+        await self.fails_with(101, client, drv)
+        await self.nothing_left()
+
+
+class HiddenTests(BuildCase):
+    """Another user of the machine, while a build runs and when it has failed."""
+
+    def reachable(self, path: str) -> bool:
+        """Whether an ordinary user can look at PATH, or make something in it."""
+        script = 'stat "$1" || ls "$1" || mkdir "$1/x" || ln /etc/hostname "$1/y"'
+        user = ["setpriv", f"--reuid={FOREIGNER}", f"--regid={FOREIGNER}", "--clear-groups"]
+        shell = ["sh", "-c", script, "sh", path]
+        done = subprocess.run([*user, *shell], check=False, capture_output=True)
+        return done.returncode == 0
+
+    def outside(self, name: str) -> str:
+        """Return the build tree of the derivation NAME.  O28: it is below TMPDIR."""
+        return f"{self.directory}/tmp/guix-build-{name}.drv-0"
+
+    async def test_during_build(self) -> None:
+        """CVE-2024-38531, CVE-2024-52867, CVE-2021-27851, O28: all is closed to others."""
+        client = await self.client()
+        script = (
+            "$b mkdir $out; $b cp $b $out/p; $b cp $b p; $b chmod 4755 $out/p p;"
+            "$b chmod 777 . $out; : > /shared/begun; await go; exit 0"
+        )
+        drv, out = await self.prepare(client, "x", script)
+        building = client.build_paths([drv])
+        await self.appears("begun")
+        tree, root = self.outside("x") + "/top", f"{drv}.chroot/top"
+        inner = f"{root}{out}"
+        for there in tree + "/p", inner + "/p":
+            self.assertEqual(os.stat(there).st_mode & 0o7777, 0o4755)
+        for path in tree, tree + "/p", root, inner, inner + "/p":
+            self.assertFalse(self.reachable(path), path)
+        (self.shared / "go").touch()
+        error = await self.assertFailure(building, RequestFailed)  # $out is group-writable
+        self.assertEqual(error.status, 1)
+        self.assertFalse(os.path.exists(out))
+        await self.nothing_left()
+
+    async def test_failed_outputs(self) -> None:
+        """CVE-2024-52867, CVE-2025-52992: what a failed build leaves is harmless."""
+        client = await self.client()
+        script = (
+            "test -e $out && exit 7; $b mkdir -p $out/d; $b cp $b $out/p; $b cp $b $out/d/p;"
+            "$b chmod 6777 $out/p $out/d/p $out/d; $b chmod 7777 $out; exit 3"
+        )
+        drv, out = await self.prepare(client, "x", script)
+        for _ in range(2):
+            await self.fails_with(100, client, drv)
+            self.assertFalse(await client.is_valid_path(out))
+            for path in out, out + "/p", out + "/d", out + "/d/p":
+                mode = os.stat(path).st_mode
+                self.assertFalse(mode & (stat.S_ISUID | stat.S_ISGID | stat.S_IWOTH), path)
+        self.assertNotIn(b"code 7", b"".join(self.log))
+        await self.nothing_left()
+
+    async def test_kept_tree(self) -> None:
+        """CVE-2021-27851, X23: a kept tree becomes its client's, when it is harmless."""
+        client = await self.client(self.foreigner)
+        await client.set_options(set_options(keep_failed=True))
+        script = (
+            "$b cp $b p; $b chmod 4777 p; $b mkdir d; $b chmod 7777 d .; $b ln -s /etc/shadow l;"
+            ": > /shared/begun; await go; exit 1"
+        )
+        drv, _ = await self.prepare(client, "x", script)
+        before = os.stat("/etc/shadow")
+        building = client.build_paths([drv])
+        await self.appears("begun")
+        self.assertFalse(self.reachable(self.outside("x") + "/top"))
+        (self.shared / "go").touch()
+        await self.assertFailure(building, RequestFailed)
+        tree = self.outside("x")
+        for name in "", "/p", "/d", "/l":
+            status = os.lstat(tree + name)
+            self.assertEqual(status.st_uid, FOREIGNER, name)
+            if name != "/l":
+                self.assertFalse(status.st_mode & 0o6002, name)
+        after = os.stat("/etc/shadow")
+        self.assertEqual((after.st_uid, after.st_mode), (before.st_uid, before.st_mode))
+        self.assertEqual(os.listdir(self.directory + "/tmp"), ["guix-build-x.drv-0"])
+
+
+class SmallDiskTests(BuildCase):
+    options = {"max_jobs": 2}
+
+    async def test_full_disk(self) -> None:
+        """B36, B2: a build that fills the store's disk fails with status 1, and it alone."""
+        await self.client()
+        size = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", self.store.path]
+        await self.daemon.stop()
+        subprocess.run(size, check=True)
+        self.addCleanup(subprocess.run, ["umount", self.store.path], check=True)
+        self.mounts = mounts()
+        self.shared.rmdir()
+        self.daemon = self.make(**self.options)
+        self.daemon.start()
+        self.addCleanup(self.daemon.stop)
+        client, other = await self.client(), await self.client()
+        drv, out = await self.prepare(client, "x", "$b dd if=/dev/zero of=$out bs=1M")
+        script = ": > /shared/begun; await end; echo x > $out"
+        fine, fine_out = await self.prepare(client, "y", script)
+        also = other.build_paths([fine])
+        await self.appears("begun")
+        await self.fails_with(1, client, drv)
+        self.assertFalse(await client.is_valid_path(out))
+        os.unlink(out)  # left for inspection, as of any failed build
+        (self.shared / "end").touch()
+        await also
+        self.assertEqual(Path(fine_out).read_text(), "x\n")
+        await self.nothing_left()
