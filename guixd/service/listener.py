@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 from guixd.formats.path import StoreDirectory
 from guixd.service.connection import Connection, Reactor, SessionFactory
+from guixd.service.hub import ReadHub
 
 _log = Logger()
 
@@ -45,6 +46,7 @@ class Listener:
         """Serve SOCKET, which listens already; `start` begins."""
         socket.setblocking(False)
         self._reactor = reactor
+        self._hub = ReadHub(reactor)
         self._socket = socket
         self._factory = session_factory
         self._store = store
@@ -112,7 +114,7 @@ class Listener:
     def _serve(self, socket: sockets.socket) -> None:
         try:
             connection = self._make(
-                self._reactor, socket, self._factory, store=self._store, closed=self._closed
+                self._hub, socket, self._factory, store=self._store, closed=self._closed
             )
             self.connections.add(connection)
             connection.start()
