@@ -9,7 +9,7 @@ grows with what came, never with what a length promises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from itertools import islice
 from operator import lt
@@ -38,6 +38,7 @@ MORE: Final = _More.MORE
 """The answer of a reader that needs more bytes."""
 More: TypeAlias = Literal[_More.MORE]
 
+S = TypeVar("S", bound=str)
 V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
 
@@ -82,7 +83,7 @@ def encode_string(value: str) -> bytes:
     return _pack(size) + raw + _ZEROS[-size & 7]
 
 
-def in_byte_order(values: Iterable[str]) -> list[str]:
+def in_byte_order(values: Iterable[S]) -> list[S]:
     """Sort VALUES as their bytes would be and drop duplicates."""
     given = list(values)
     if len(given) < 2:
@@ -434,21 +435,26 @@ OPTIONAL_PATH: Final = _OptionalPath()
 
 
 class _ListReader(Generic[V]):
-    __slots__ = ("_items", "_kind", "_left", "_reader", "_used")
+    __slots__ = ("_convert", "_items", "_kind", "_left", "_reader", "_used")
 
-    def __init__(self, kind: Kind[V]) -> None:
+    def __init__(
+        self, kind: Kind[V], convert: Callable[[Iterable[V]], tuple[V, ...]] = tuple
+    ) -> None:
         self._kind = kind
+        self._convert = convert
         self._items: list[V] = []
         self._left: int | None = None
         self._reader: Reader[V] | None = None
         self._used = 0
 
-    def resume(self, source: Source) -> list[V] | More:
+    def resume(self, source: Source) -> tuple[V, ...] | More:
         left = self._left
         if left is None:
             count = source.word()
             if count is MORE:
                 return MORE
+            if not count:
+                return ()
             left = count
         items, begin, reader, used = self._items, self._kind.begin, self._reader, self._used
         before = len(source)
@@ -472,7 +478,7 @@ class _ListReader(Generic[V]):
                 left -= 1
             if used + before - len(source) > MAX_LIST:
                 raise ProtocolError(f"list in the protocol has more than {MAX_LIST} bytes")
-        return items
+        return self._convert(items)
 
 
 class List(Kind[tuple[V, ...]]):
@@ -485,7 +491,7 @@ class List(Kind[tuple[V, ...]]):
         self._kind = kind
 
     def begin(self) -> Reader[tuple[V, ...]]:
-        return Converted(_ListReader(self._kind), tuple)
+        return _ListReader(self._kind)
 
     def write(self, value: Iterable[V], out: list[bytes]) -> None:
         values = tuple(value)
@@ -494,7 +500,8 @@ class List(Kind[tuple[V, ...]]):
             self._kind.write(item, out)
 
 
-S = TypeVar("S", bound=str)
+def _in_byte_order(values: Iterable[S]) -> tuple[S, ...]:
+    return tuple(in_byte_order(values))
 
 
 class SortedSet(Kind[tuple[S, ...]], Generic[S]):
@@ -507,7 +514,7 @@ class SortedSet(Kind[tuple[S, ...]], Generic[S]):
         self._kind = kind
 
     def begin(self) -> Reader[tuple[S, ...]]:
-        return Converted(_ListReader(self._kind), lambda items: tuple(in_byte_order(items)))
+        return _ListReader(self._kind, _in_byte_order)
 
     def write(self, value: Iterable[S], out: list[bytes]) -> None:
         values = in_byte_order(value)

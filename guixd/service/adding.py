@@ -17,9 +17,10 @@ from twisted.python.failure import Failure
 from guixd.build.threads import Threads
 from guixd.errors import BadArchive, Busy
 from guixd.formats import operations as op
-from guixd.formats.path import StorePath
+from guixd.formats.path import DERIVATION_SUFFIX, StorePath
+from guixd.formats.wire import encode_string
 from guixd.service.connection import Connection
-from guixd.service.session import Handlers, QuietError, Session
+from guixd.service.session import Handlers, QuickHandlers, QuietError, Session
 from guixd.store.addition import Addition
 
 INLINE = 32 * 1024
@@ -161,6 +162,18 @@ def add_text(
     return _add_slow_text(session, request) if path is None else path
 
 
+def quick_add_text(session: Session, request: op.AddTextToStore) -> bytes | None:
+    """Add a small text that is no derivation."""
+    name, text = request.name, request.text
+    if name.endswith(DERIVATION_SUFFIX):
+        return None
+    path = session.store.try_add_text(name, text, request.references, session.roots)
+    if path is None:
+        return None
+    session.daemon.tidy()
+    return encode_string(path)
+
+
 async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StorePath:
     store = session.store
     prepared = await session.daemon.threads(
@@ -169,4 +182,5 @@ async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StoreP
     return await session.when_free(lambda: store.commit_text(prepared, session.roots))
 
 
+QUICK: QuickHandlers = {op.AddTextToStore: quick_add_text}
 HANDLERS: Handlers = {op.AddToStore: add, op.AddTextToStore: add_text}

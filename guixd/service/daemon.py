@@ -23,7 +23,7 @@ from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
 from guixd.service.options import not_effective
 from guixd.service.parts import Builds, Listeners, Store, Workers
-from guixd.service.session import Handlers, Session, presentable
+from guixd.service.session import Handlers, QuickHandlers, Session, presentable
 from guixd.settings import Settings
 from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
@@ -40,6 +40,7 @@ HANDLERS: Handlers = {
     **building.HANDLERS,
     **changes.HANDLERS,
 }
+QUICK: QuickHandlers = {**queries.QUICK, **adding.QUICK}
 
 BuilderFactory: TypeAlias = Callable[["Daemon", LocalStore], Builder]
 """Makes the `IBuilder` of a daemon, when the first build is asked for."""
@@ -89,7 +90,7 @@ class Daemon:
     def _session(self, connection: Connection, greeting: Greeting) -> Session:
         try:
             store = self._open_store(greeting.reserve_space)
-            session = Session(self, store, connection, HANDLERS, queries.QUICK)
+            session = Session(self, store, connection, HANDLERS, QUICK)
         except OSError as error:
             raise presentable(error) from error
         peer = connection.peer

@@ -31,8 +31,11 @@ LONGEST_DELAY = 0.5
 """Seconds between attempts to get what another process holds."""
 Handler: TypeAlias = Callable[["Session", Any], Any]
 Handlers: TypeAlias = Mapping[type[Operation[Any]], Handler]
-QuickHandlers: TypeAlias = Mapping[type[Operation[Any]], Callable[["Session", Any], bytes]]
-"""For frequent requests: they return the encoded reply, and log nothing."""
+QuickHandlers: TypeAlias = Mapping[type[Operation[Any]], Callable[["Session", Any], bytes | None]]
+"""For frequent requests: they return the encoded reply, and log nothing.
+
+If there is none, as it will take longer, the request goes to its ordinary handler.
+"""
 
 
 class Encoded(bytes):
@@ -105,9 +108,13 @@ class Session:
         quick = self._quick.get(type(operation))
         if quick is not None:
             try:
-                return quick(self, operation)
+                reply = quick(self, operation)
             except Busy:
-                pass
+                reply = None
+            except OSError as error:
+                raise presentable(error) from error
+            if reply is not None:
+                return reply
         self.log.working = True
         try:
             handler = self._handlers[type(operation)]
