@@ -117,7 +117,8 @@ def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, 
     addition = store.begin_addition(request.name, request.algorithm, request.recursive)
     intake = Intake(session.connection, addition, session.daemon.threads)
     session.connection.take_over(intake)
-    if not intake.whole:
+    # Reading a derivation, and those it builds on, can take long.
+    if not intake.whole or request.name.endswith(DERIVATION_SUFFIX):
         return _add_later(session, addition, intake)
     try:
         path = _commit(session, addition)
@@ -136,6 +137,8 @@ async def _add_later(session: Session, addition: Addition, intake: Intake) -> St
     left = True
     try:
         await intake.done
+        if addition.name.endswith(DERIVATION_SUFFIX):
+            await session.daemon.threads(store.prepare_addition, addition)
         path = await session.when_free(lambda: _commit(session, addition))
         # At once: the name of a used place is soon used again.
         left = store.is_left(addition)

@@ -11,6 +11,7 @@ import hashlib
 
 from guixd.errors import BadArchive, GuixdError, StoreError
 from guixd.formats import hashes, nar
+from guixd.formats.derivation import Derivation
 from guixd.formats.path import DERIVATION_SUFFIX, StoreDirectory, StorePath, check_name
 from guixd.store.removal import remove_path
 from guixd.store.restore import TreeWriter
@@ -22,10 +23,12 @@ MOST_DERIVATION = 64 * 1024 * 1024
 class Addition:
     """What AddToStore (op 7) receives, on its way into the store.
 
+    :ivar name: the wanted name.
     :ivar staging: where the files are put: mode, time and owner as they shall be.
     :ivar complete: whether the archive has been read to its end.
     :ivar nar_hash: sha256 of the archive that the files make; once complete.
     :ivar nar_size: the size of that archive in bytes; once complete.
+    :ivar derivation: what was read from it, if it is a derivation that was read and checked.
     """
 
     def __init__(
@@ -50,8 +53,9 @@ class Addition:
         self.complete = False
         self.nar_hash = b""
         self.nar_size = 0
+        self.derivation: Derivation | None = None
         self._store = store
-        self._name = name
+        self.name = name
         self._algorithm = algorithm
         self._recursive = recursive
         self._path: StorePath | None = None
@@ -113,7 +117,7 @@ class Addition:
             self._writer.finish()
             digest = self.nar_hash if self._wanted is None else self._wanted.digest()
             self._path = self._store.fixed_path(
-                self._name, self._algorithm, self._recursive, digest
+                self.name, self._algorithm, self._recursive, digest
             )
         except GuixdError as error:
             self._error = error

@@ -376,15 +376,33 @@ class LocalStore:
         drv = None
         if not self.database.is_valid(path):
             if path.is_derivation:
-                text = addition.derivation_text
-                if text is None:
-                    raise BadDerivation(f"cannot read '{path}', which is not a regular file")
-                drv = derivation.parse(text, self.directory, path)
-                self._check(drv, path, (), self._read_input)
+                drv = addition.derivation or self._read_addition(addition, self._read_input)
             self._take_over(addition, path, drv)
         if addition.nar_size <= INLINE_TEXT:
             self.discard_addition(addition)
         return path
+
+    def prepare_addition(self, addition: Addition) -> None:
+        """Read and check a complete ADDITION that is called a derivation; for a thread.
+
+        What is raised is as in `commit_addition`, which then has less to do.
+        """
+        queries = self.database.read_only_copy()
+        try:
+            addition.derivation = self._read_addition(
+                addition, lambda wanted: self._read_input(wanted, queries)
+            )
+        finally:
+            queries.close()
+
+    def _read_addition(self, addition: Addition, read: _Read) -> Derivation:
+        path = addition.result()
+        text = addition.derivation_text
+        if text is None:
+            raise BadDerivation(f"cannot read '{path}', which is not a regular file")
+        drv = derivation.parse(text, self.directory, path)
+        self._check(drv, path, (), read)
+        return drv
 
     def _take_over(self, addition: Addition, path: StorePath, drv: Derivation | None) -> None:
         item = Registration(path, addition.nar_hash, addition.nar_size)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 
 from guixd.client import nar_of_tree
+from guixd.formats import derivation
 from guixd.formats import operations as op
 from guixd.formats.messages import LAST
 from guixd.formats.nar import nar_of_file
@@ -180,6 +182,28 @@ class BadArchiveTests(AddingCase):
             await client.closed
         await self.daemon.stop()
         self.assertEqual(self.leftovers(), [])
+
+
+class DerivationTests(AddingCase):
+    async def test_read_in_a_thread(self) -> None:
+        """S34, D5: an archive that is called a derivation is not read by the reactor."""
+        client = await self.client()
+        readers: list[threading.Thread] = []
+        parse = derivation.parse
+
+        def note(*arguments: Any) -> Any:
+            readers.append(threading.current_thread())
+            return parse(*arguments)
+
+        self.patch(derivation, "parse", note)
+        text = b'Derive([],[],[],"x86_64-linux","/b",[],[("name","x")])'
+        path = await client.add_nar("x.drv", [nar_of_file(text)])
+        self.assertEqual(await client.derivation_outputs(path), ())
+        wrong = [nar_of_file(text[:-1])]
+        self.assertIn("parsing", await self.fails(client.add_nar("y.drv", wrong)))
+        self.assertEqual(len(readers), 2)
+        self.assertNotIn(threading.main_thread(), readers)
+        self.assertEqual(sorted(os.listdir(self.store.path)), sorted([".links", path.base]))
 
 
 class NotedIntake(adding.Intake):
