@@ -97,7 +97,9 @@ class Place:
         activate = 'exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
         with listening, (self.directory / "daemon.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                ["sh", "-c", activate, "sh", *guest.view(base, self.binds, command)],
+                # Signals are ignored here if the tests have been started in the background.
+                ["env", "--default-signal", "sh", "-c", activate, "sh",
+                 *guest.view(base, self.binds, command)],
                 stdin=listening.fileno(), stdout=log, stderr=log, env=environment, cwd="/",
             )  # fmt: skip
 
