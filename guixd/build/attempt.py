@@ -23,7 +23,7 @@ from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest, Made
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
-from guixd.build.threads import Threads
+from guixd.build.threads import Threads, inline
 from guixd.build.users import BuildUser, BuildUserPool
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import Busy, GuixdError, ReferencesCycle
@@ -90,8 +90,8 @@ class Attempt:
         self._builder = Builder(
             workshop.reactor, workshop.launcher, broadcast.output, contained=self._contained
         )
-        self._cleaned = False
-        self._published = False
+        self._vacate: Callable[[], None] = lambda: None
+        self._valid = False
         self._missing = dict(drv.outputs)
         self._make_log()
 
@@ -135,17 +135,23 @@ class Attempt:
 
     # --- the build ---------------------------------------------------------------
 
-    async def run(self) -> Result:
+    async def run(self, vacate: Callable[[], None]) -> Result:
         """Build; afterwards no process, mount or directory of the build is left.
 
+        :param vacate: called once, as soon as another build may begin in place of
+            this one: when only directories are left to be removed, at the latest at
+            the end.
         :raises CancelledError: it was given up.
         """
+        self._vacate = vacate
         try:
             result = await self._with_user()
         except CancelledError:
             raise
         except (BuildFailure, GuixdError, OSError) as error:
             result = result_of(error)
+        finally:
+            self._make_room()
         self._report(result)
         return result
 
@@ -162,18 +168,18 @@ class Attempt:
                 say.trace(BuildFailed(self._path, code, result.text).line)
 
     async def _with_user(self) -> Result:
-        users = self._shop.users
-        if users is None:
-            return await self._with_locks()
-        user = self._user = await self._wait(users.acquire)
-        clean = False
-        try:
-            result = await self._with_locks()
-            # Then its pid namespace has ended in good order.
-            clean = self._contained and result.status is Status.BUILT
-            return result
-        finally:
-            users.release(user, clean=clean)
+        if self._shop.users is not None:
+            self._user = await self._wait(self._shop.users.acquire)
+        return await self._with_locks()
+
+    def _make_room(self) -> None:
+        """Let another build have the user and the slot."""
+        user, self._user = self._user, None
+        if user is not None and self._shop.users is not None:
+            # With valid outputs, its pid namespace has ended in good order.
+            self._shop.users.release(user, clean=self._contained and self._valid)
+        vacate, self._vacate = self._vacate, lambda: None
+        vacate()
 
     async def _with_locks(self) -> Result:
         locks = await self._lock()
@@ -228,8 +234,10 @@ class Attempt:
         killing = None
         if user is not None and shop.users is not None and not shop.users.is_clean(user):
             killing = shop.launcher.kill_user(user.uid)
+        obstacles = self._obstacles()
+        call = shop.threads if graphs or obstacles else inline
         try:
-            workspace = await shop.threads(self._prepare, graphs)
+            workspace = await call(self._prepare, graphs, obstacles)
         finally:
             if killing is not None:
                 await killing
@@ -238,17 +246,25 @@ class Attempt:
             self._check()
             reason = await self._run_builder(self._spec(workspace, inputs))
             await self._harvest(workspace, inputs, reason)
+            self._valid = True
+            self._make_room()
             return Result(Status.BUILT)
         except (BuildFailure, GuixdError, OSError):
             keep = self._options.keep_failed
             raise
         finally:
-            if not self._cleaned:
-                if self._broadcast.log_file is not None:
-                    await self._broadcast.log_file.settle()
-                self._tell_kept(await shop.threads(self._clean, workspace, keep))
+            await self._clean_up(workspace, keep)
 
-    def _tell_kept(self, kept: Kept | None) -> None:
+    async def _clean_up(self, workspace: Workspace, keep: bool) -> None:
+        if self._broadcast.log_file is not None:
+            await self._broadcast.log_file.settle()
+        try:
+            kept = await self._shop.threads(self._clean, workspace, keep)
+        except (GuixdError, OSError):
+            if not self._valid:
+                raise
+            _log.failure("cannot clean up after {path}", path=self._path)
+            return
         if kept is not None:
             self._broadcast.log(Level.ERROR, f"keeping build directory `{kept.path}'")
             if kept.problem:
@@ -266,6 +282,8 @@ class Attempt:
         return frozenset(self._shop.store.database.closure(roots))
 
     def _graphs(self) -> dict[str, str]:
+        if "exportReferencesGraph" not in self._drv.environment:
+            return {}
         store = self._shop.store
         database = store.database
         return export_graphs(
@@ -277,10 +295,15 @@ class Attempt:
             store.read_derivation,
         )
 
-    def _prepare(self, graphs: dict[str, str]) -> Workspace:
-        """Make the directories and the log; blocks."""
-        for output in self._missing.values():
-            remove(None, output.path)
+    def _obstacles(self) -> list[str]:
+        """Return what lies where the build is to make something; it may be large."""
+        paths = (self._private, *(output.path for output in self._missing.values()))
+        return [path for path in paths if os.path.lexists(path)]
+
+    def _prepare(self, graphs: dict[str, str], obstacles: Iterable[str]) -> Workspace:
+        """Make the directories and the log; short if there are no GRAPHS and OBSTACLES."""
+        for path in obstacles:
+            remove(None, path)
         workspace = Workspace.create(
             self._path,
             temporary=self._shop.settings.directories.temporary,
@@ -298,7 +321,6 @@ class Attempt:
 
     def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
         """End the log and remove the directories, but for a tree to be kept; blocks."""
-        self._cleaned = True
         log = self._broadcast.log_file
         try:
             if log is not None:
@@ -313,7 +335,7 @@ class Attempt:
         finally:
             if not self._contained:
                 remove(None, self._private)
-                if not self._published:
+                if not self._valid:
                     # They may have any mode; only in a container could they be hidden.
                     _remove_all(output.path for output in self._missing.values())
 
@@ -355,19 +377,12 @@ class Attempt:
         )
         if isinstance(reason.value, ProcessTerminated):
             if contained:
-                await shop.threads(harvest.salvage)
+                with harvest:
+                    await shop.threads(harvest.salvage)
             raise self._builder_failed(reason.value)
-        if self._broadcast.log_file is not None:
-            await self._broadcast.log_file.settle()
         try:
-            if has_rules(self._drv):
-                made = await shop.threads(harvest.collect)
-                references = {output.path: output.references for output in made}
-                check_references(self._drv, store.directory, references, store.database.closure)
-                await shop.threads(self._take_in, harvest, workspace, made)
-            else:
-                # All in one step, as every change of threads costs time.
-                made = await shop.threads(self._take_in, harvest, workspace, None)
+            with harvest:
+                made = await self._take_in(harvest)
         except BuildFailure:
             for line in harvest.mismatches:
                 self._broadcast.trace(line)
@@ -378,21 +393,16 @@ class Attempt:
             await shop.threads(_remove_all, [output.path for output in made])
             raise
 
-    def _take_in(
-        self, harvest: Harvest, workspace: Workspace, made: tuple[Made, ...] | None
-    ) -> tuple[Made, ...]:
-        """Put the outputs in place and clean up; blocks.
-
-        :param made: the outputs if they were collected before.
-        """
-        if made is None:
-            made = harvest.collect()
-        harvest.publish(made)
-        self._published = True
-        try:
-            self._clean(workspace, False)
-        except (GuixdError, OSError):
-            _log.failure("cannot clean up after {path}", path=self._path)
+    async def _take_in(self, harvest: Harvest) -> tuple[Made, ...]:
+        """Put the outputs in place if they are as they should be."""
+        store = self._shop.store
+        call = inline if harvest.is_small() else self._shop.threads
+        if not has_rules(self._drv):
+            return await call(harvest.take_in)
+        made = await call(harvest.collect)
+        references = {output.path: output.references for output in made}
+        check_references(self._drv, store.directory, references, store.database.closure)
+        await call(harvest.publish, made)
         return made
 
     async def _register(self, made: tuple[Made, ...]) -> None:

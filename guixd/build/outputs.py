@@ -1,6 +1,7 @@
 """From what a builder left behind to verified store items (build.md §8).
 
-Blocking: for a worker thread, after the last process of the build is dead.
+For a time after the last process of the build is dead.  All of it blocks, and is
+for a worker thread unless `Harvest.is_small`.
 Every name below the build's root is hostile and only reached by descriptors.
 Outputs are first taken to a directory of the daemon's own, verified there, and
 get their final names only when all of them are right.
@@ -13,6 +14,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from typing import Self
 
 from guixd.build.results import BuildFailure, Status
 from guixd.errors import BuildError, GuixdError, StoreError
@@ -32,6 +34,8 @@ from guixd.store.trees import (
     strip,
 )
 
+SMALL = 64 << 10
+"""Bytes of outputs that are quickly hashed."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -47,7 +51,10 @@ class Made:
 
 @dataclass(slots=True)
 class Harvest:
-    """The outputs of one build on their way into the store.
+    """The outputs of one build on their way into the store; to be used in a `with` block.
+
+    Entering it raises `BuildFailure` (output rejected) if the builder has replaced the
+    directories above its outputs.
 
     :ivar store: the store directory.
     :ivar private: a directory in the store that only the daemon can enter, which
@@ -71,6 +78,51 @@ class Harvest:
     mismatches: list[str] = field(default_factory=list)
     """Trace lines to send before the failure."""
     _seen: InodesSeen = field(default_factory=set)
+    _opened: list[int] = field(default_factory=list)
+    _staging: int = -1
+    _source: int = -1
+    _target: int = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._staging = self._keep(_make_private(self.private))
+            self._source = self._keep(self.open_source())
+            self._target = self._keep(os.open(self.store, _DIRECTORY))
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, StoreError):
+                raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
+            raise
+        return self
+
+    def _keep(self, fd: int) -> int:
+        self._opened.append(fd)
+        return fd
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._opened:
+            os.close(fd)
+        self._opened.clear()
+
+    def is_small(self) -> bool:
+        """Whether the other methods take but a moment; a directory may hold anything."""
+        size = 0
+        for output in self.wanted.values():
+            base = output.path.base
+            try:
+                status = os.stat(base, dir_fd=self._source, follow_symlinks=False)
+            except OSError:
+                continue  # which `collect` finds, too
+            if stat.S_ISDIR(status.st_mode) or _exists(self._target, base):
+                return False
+            size += status.st_size
+        return size <= SMALL
+
+    def take_in(self) -> tuple[Made, ...]:
+        """Do `collect` and `publish` in one step, as each change of threads costs time."""
+        made = self.collect()
+        self.publish(made)
+        return made
 
     def collect(self) -> tuple[Made, ...]:
         """Take and verify all wanted outputs, in the order of their names.
@@ -78,15 +130,13 @@ class Harvest:
         :raises BuildFailure: an output is missing or wrong (output rejected).
         :raises GuixdError: a file of a type that cannot be stored; system trouble.
         """
-        with _opened(self._open_private()) as staging, _opened(self._source()) as source:
-            for name in sorted(self.wanted):
-                self._take(source, staging, self.wanted[name].path)
-            parts = {path.hash_part: path for path in self.candidates}
-            made = tuple(
-                self._verify(staging, name, self.wanted[name], parts)
-                for name in sorted(self.wanted)
-            )
-        _check_order(made)
+        outputs = [output for _, output in sorted(self.wanted.items())]
+        for output in outputs:
+            self._take(output.path)
+        parts = {path.hash_part: path for path in self.candidates}
+        made = tuple(self._verify(output, parts) for output in outputs)
+        if len(made) > 1:
+            _check_order(made)
         return made
 
     def publish(self, made: tuple[Made, ...]) -> None:
@@ -95,19 +145,17 @@ class Harvest:
         :raises OSError: a rename failed; none has its final name then.
         """
         moved: list[str] = []
-        with (
-            _opened(self._open(self.private)) as staging,
-            _opened(self._open(self.store)) as store,
-        ):
-            try:
-                for output in made:
-                    remove(store, output.path.base)
-                    _move(staging, store, output.path.base)
-                    moved.append(output.path.base)
-            except OSError:
-                for base in moved:
-                    remove(store, base)
-                raise
+        try:
+            for output in made:
+                base = output.path.base
+                if _exists(self._target, base):
+                    remove(self._target, base)
+                _move(self._staging, self._target, base)
+                moved.append(base)
+        except OSError:
+            for base in moved:
+                remove(self._target, base)
+            raise
 
     def salvage(self) -> None:
         """Leave what a failed build made in the store, unregistered, to be looked at.
@@ -115,40 +163,20 @@ class Harvest:
         Special permissions are taken away first.  A tree that cannot be made
         harmless is left out.
         """
-        with _opened(self._open_private()) as staging, _opened(self._source()) as source:
-            for output in self.wanted.values():
-                base = output.path.base
-                try:
-                    _move(source, staging, base)
-                    strip(staging, base)
-                except (OSError, GuixdError):
-                    continue
-                with _opened(self._open(self.store)) as store:
-                    remove(store, base)
-                    _move(staging, store, base)
+        for output in self.wanted.values():
+            base = output.path.base
+            try:
+                _move(self._source, self._staging, base)
+                strip(self._staging, base)
+            except (OSError, GuixdError):
+                continue
+            remove(self._target, base)
+            _move(self._staging, self._target, base)
 
     # --- steps --------------------------------------------------------------
 
-    @staticmethod
-    def _open(directory: str) -> int:
-        return os.open(directory, _DIRECTORY)
-
-    def _open_private(self) -> int:
-        try:
-            os.mkdir(self.private, 0o700)
-        except FileExistsError:
-            pass
-        return self._open(self.private)
-
-    def _source(self) -> int:
-        """Open the store directory that the builder wrote to."""
-        try:
-            return self.open_source()
-        except StoreError as error:
-            raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
-
-    def _take(self, source: int, staging: int, path: StorePath) -> None:
-        base = path.base
+    def _take(self, path: StorePath) -> None:
+        source, staging, base = self._source, self._staging, path.base
         try:
             check_output(source, base, self.owner)
             if self.fresh:
@@ -163,10 +191,8 @@ class Harvest:
         except BuildError as error:
             raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
 
-    def _verify(
-        self, staging: int, name: str, output: Output, parts: Mapping[str, StorePath]
-    ) -> Made:
-        base = output.path.base
+    def _verify(self, output: Output, parts: Mapping[str, StorePath]) -> Made:
+        staging, base = self._staging, output.path.base
         if output.is_fixed and not output.is_recursive:
             self._check_flat(staging, output)
         try:
@@ -222,17 +248,20 @@ class Harvest:
             )
 
 
-class _opened:  # noqa: N801
-    """Closes a descriptor at the end of a `with` block."""
+def _make_private(directory: str) -> int:
+    try:
+        return os.open(directory, _DIRECTORY)
+    except FileNotFoundError:
+        os.mkdir(directory, 0o700)
+        return os.open(directory, _DIRECTORY)
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
 
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+def _exists(directory: int, base: str) -> bool:
+    try:
+        os.stat(base, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _check_order(made: tuple[Made, ...]) -> None:
@@ -252,14 +281,19 @@ def _notation(digest: bytes, algorithm: str) -> str:
 
 def _move(source: int, target: int, base: str) -> None:
     """Rename BASE from one directory to another; as a plain user that may need its mode."""
-    status = os.stat(base, dir_fd=source, follow_symlinks=False)
-    closed = stat.S_ISDIR(status.st_mode) and not status.st_mode & stat.S_IWUSR
-    if not closed or os.geteuid() == 0:
+    try:
         os.rename(base, base, src_dir_fd=source, dst_dir_fd=target)
         return
-    with _opened(os.open(base, _DIRECTORY, dir_fd=source)) as fd:
+    except PermissionError:
+        status = os.stat(base, dir_fd=source, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode) or status.st_mode & stat.S_IWUSR:
+            raise
+    fd = os.open(base, _DIRECTORY, dir_fd=source)
+    try:
         os.fchmod(fd, 0o700)
         try:
             os.rename(base, base, src_dir_fd=source, dst_dir_fd=target)
         finally:
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
+    finally:
+        os.close(fd)

@@ -92,6 +92,7 @@ class Scheduler:
     def __init__(self, limit: Callable[[], int | None] = lambda: None) -> None:
         self._limit = limit
         self._turn: deque[Share] = deque()
+        self._sharing = False
         self.running = 0
 
     def share(self, max_jobs: int) -> Share:
@@ -110,6 +111,16 @@ class Scheduler:
         self._run()
 
     def _run(self) -> None:
+        # Who gets a slot may give it back at once; this loop then goes on.
+        if self._sharing:
+            return
+        self._sharing = True
+        try:
+            self._share_out()
+        finally:
+            self._sharing = False
+
+    def _share_out(self) -> None:
         idle = 0
         while self._turn and idle < len(self._turn):
             limit = self._limit()

@@ -140,10 +140,7 @@ class SharedBuild:
             if self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             slot = await self._wait_for_slot()
-            try:
-                return await self._attempt.run()
-            finally:
-                self._scheduler.release(slot)
+            return await self._attempt.run(lambda: self._scheduler.release(slot))
         finally:
             self._claims.free(claimed)
 

@@ -29,5 +29,5 @@ def pool_threads(reactor: IReactorFromThreads, pool: ThreadPool) -> Threads:
 
 
 def inline(function: Callable[..., T], /, *args: Any) -> Deferred[T]:
-    """Call FUNCTION at once, in this thread; `Threads` for tests."""
+    """Call FUNCTION at once, in this thread: `Threads` for what is short, and for tests."""
     return maybeDeferred(function, *args)

@@ -7,6 +7,7 @@ touched is reached by descriptors only.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,13 +117,21 @@ class Workspace:
 
         :raises StoreError: something could not be deleted; the rest is.
         """
-        self._close()
         try:
             if not self._kept:
-                remove(None, self.outside)
+                self._remove_outside()
         finally:
+            self._close()
             if self.chroot is not None:
                 remove(None, self.chroot)
+
+    def _remove_outside(self) -> None:
+        try:
+            # Often that is all there is.
+            os.rmdir(_TOP, dir_fd=self._outside_fd)
+            os.rmdir(self.outside)
+        except OSError:
+            remove(None, self.outside)
 
     def keep(self, uid: int | None, gid: int | None) -> Kept:
         """Hand the build tree over to a client for inspection, and delete the rest.
@@ -182,8 +191,11 @@ def _make_outside(prefix: str) -> str:
 
 def _make_chroot(chroot: str, user: BuildUser | None) -> int:
     """Create the directory that becomes `/` below CHROOT; return its descriptor."""
-    remove(None, chroot)
-    os.mkdir(chroot, 0o750)
+    try:
+        os.mkdir(chroot, 0o750)
+    except FileExistsError:
+        remove(None, chroot)
+        os.mkdir(chroot, 0o750)
     above = _open_own(chroot, None, 0o750)
     try:
         os.mkdir(_TOP, 0o750, dir_fd=above)
@@ -202,10 +214,13 @@ def _open_own(name: str, within: int | None, mode: int) -> int:
     """
     descriptor = os.open(name, _DIRECTORY, dir_fd=within)
     try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
             raise StoreError(f"directory '{name}' was exchanged")
-        os.chown(descriptor, -1, os.getegid())
-        os.chmod(descriptor, mode)
+        if status.st_gid != os.getegid():
+            os.chown(descriptor, -1, os.getegid())
+        if stat.S_IMODE(status.st_mode) != mode:
+            os.chmod(descriptor, mode)
     except BaseException:
         os.close(descriptor)
         raise
