@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from twisted.application.service import IServiceCollection
@@ -127,7 +128,10 @@ class RefusedStartTests(TestCase):
         """`twistd guixd` gets the same service."""
         interval = sys.getswitchinterval()
         self.addCleanup(sys.setswitchinterval, interval)
+        self.patch(reactor, "seconds", reactor.seconds)
         options = Options()
         options.parseOptions(["--listen=/nowhere"])
         service = makeService(options)
         self.assertEqual(service.settings.listen, ("/nowhere",))
+        # Timers do not follow the machine's clock, which may be set.
+        self.assertIs(reactor.seconds, time.monotonic)
