@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from itertools import count
 from typing import Any, cast
 
@@ -21,18 +22,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from guixd.build.program import prepare
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
 from guixd.interfaces import ILauncher
 from guixd.sandbox.spec import SandboxSpec
-from guixd.sandbox.zygote import LARGEST_PACKET
 
 _log = Logger()
 
 CHUNK = 65536
 """Most bytes that one `childDataReceived` passes on."""
 _LOST = "the process that runs builders has died"
-_ROOM_FOR_HEADER = 256
 
 
 @implementer(IReadDescriptor)
@@ -282,9 +282,8 @@ class ZygoteLauncher:
         assert isinstance(spec, SandboxSpec)
         try:
             zygote = self._get_zygote()
-            body = spec.encode()
-            memory = _memory_file(body) if len(body) > LARGEST_PACKET - _ROOM_FOR_HEADER else None
             number = next(self._numbers)
+            program = _memory_file(prepare(number, spec))
             builder = BuilderProcess(
                 self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
             )
@@ -293,11 +292,7 @@ class ZygoteLauncher:
         except SandboxError as error:
             return fail(error)
         self._builders[number] = builder
-        request = ["spawn", number, _kind(spec), len(body)]
-        if memory is None:
-            zygote.send(request, body, builder.pipe.write_end)
-        else:
-            zygote.send(request, b"", builder.pipe.write_end, memory)
+        zygote.send(["spawn", number, _kind(spec)], builder.pipe.write_end, program)
         return builder.set_up
 
     def kill_user(self, uid: int) -> Deferred[None]:
@@ -380,14 +375,16 @@ class ZygoteLauncher:
             self._stopping.callback(None)
 
 
-def _kind(spec: SandboxSpec) -> str:
-    if spec.root is None:
-        return "plain"
-    return "container" if spec.user_namespace is None else "user"
+def _kind(spec: SandboxSpec) -> object:
+    """Return which kind of process SPEC needs, see `guixd.sandbox.zygote`."""
+    if spec.user_namespace is not None:
+        return astuple(spec.user_namespace)
+    return "plain" if spec.root is None else "container"
 
 
-def _memory_file(body: bytes) -> int:
-    descriptor = os.memfd_create("spec", os.MFD_CLOEXEC)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(body)
+def _memory_file(content: bytes) -> int:
+    """Return the descriptor of a new file without a name."""
+    descriptor = os.memfd_create("program", os.MFD_CLOEXEC)
+    with open(descriptor, "wb", buffering=0, closefd=False) as file:
+        file.write(content)
     return descriptor

@@ -75,13 +75,12 @@ class Zygote:
         """The process id of the zygote."""
         return self._process.pid
 
-    def send(self, request: Sequence[object], body: bytes = b"", *descriptors: int) -> None:
-        """Send REQUEST with BODY; the DESCRIPTORS are closed when they are sent."""
+    def send(self, request: Sequence[object], *descriptors: int) -> None:
+        """Send REQUEST; the DESCRIPTORS are closed when they are sent."""
         if not self._open:
             _close(descriptors)
             return
-        packet = json.dumps(request).encode() + (b"\n" + body if body else b"")
-        self._queue.append((packet, descriptors))
+        self._queue.append((json.dumps(request).encode(), descriptors))
         if len(self._queue) == 1:
             self.doWrite()
 

@@ -12,7 +12,9 @@ import os
 import platform
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong
+from typing import Any, cast
 
 NEWNS = 0x00020000
 NEWUTS = 0x04000000
@@ -39,58 +41,69 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CLOSE_RANGE = 436
 _MOUNT_SETATTR = 442
-_PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203}
-_KEYCTL = {"x86_64": 250, "i686": 288, "armv7l": 311, "ppc64le": 271}
-_GENERIC_PIVOT_ROOT = 41
-_GENERIC_KEYCTL = 219
+_machine = platform.machine()
+_PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203}.get(_machine, 41)
+_KEYCTL = {"x86_64": 250, "i686": 288, "armv7l": 311, "ppc64le": 271}.get(_machine, 219)
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP, _IFF_LOOPBACK, _IFF_RUNNING = 1, 8, 0x40
+_LOOPBACK_UP = struct.pack("16sH22x", b"lo", _IFF_UP | _IFF_LOOPBACK | _IFF_RUNNING)
+_READ_ONLY = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_machine = platform.machine()
 
 
-def _check(result: int, *about: str) -> None:
+def _function(name: str, *types: Any) -> Callable[..., int]:
+    """Return a function of the C library; with its types known it is called faster."""
+    function = _libc[name]
+    function.argtypes = types
+    function.restype = c_long if name == "syscall" else c_int
+    return cast(Callable[..., int], function)
+
+
+_unshare = _function("unshare", c_int)
+_setns = _function("setns", c_int, c_int)
+_mount = _function("mount", c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
+_umount = _function("umount2", c_char_p, c_int)
+_personality = _function("personality", c_ulong)
+_setdomainname = _function("setdomainname", c_char_p, c_size_t)
+_prctl = _function("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
+_socket = _function("socket", c_int, c_int, c_int)
+_close_range = _function("syscall", c_long, c_uint, c_uint, c_uint)
+_mount_setattr = _function("syscall", c_long, c_int, c_char_p, c_uint, c_char_p, c_size_t)
+_pivot_root = _function("syscall", c_long, c_char_p, c_char_p)
+_keyctl = _function("syscall", c_long, c_int, c_char_p)
+
+Name = str | bytes
+
+
+def _check(result: int, *about: Name) -> int:
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), *about)
-
-
-def _syscall(number: int, *arguments: object) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
     return result
 
 
 def unshare(flags: int) -> None:
     """Leave the namespaces of FLAGS for new ones."""
-    _check(_libc.unshare(ctypes.c_int(flags)))
+    _check(_unshare(flags))
 
 
 def setns(descriptor: int, flag: int) -> None:
     """Enter the namespace of DESCRIPTOR, whose kind is FLAG."""
-    _check(_libc.setns(descriptor, ctypes.c_int(flag)))
+    _check(_setns(descriptor, flag))
 
 
-def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+def mount(source: Name, target: Name, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2); an empty KIND or OPTIONS is passed as a null pointer."""
-    result = _libc.mount(
-        os.fsencode(source),
-        os.fsencode(target),
-        kind.encode() or None,
-        ctypes.c_ulong(flags),
-        options.encode() or None,
-    )
-    _check(result, target)
-
-
-def make_read_only(target: str) -> None:
-    """Make the mounts at and below TARGET read-only, whatever their other flags."""
-    attributes = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
     name = os.fsencode(target)
-    size = ctypes.c_size_t(len(attributes))
-    result = _syscall(_MOUNT_SETATTR, _AT_FDCWD, name, _AT_RECURSIVE, attributes, size)
-    if result == 0:
+    words = kind.encode() or None, flags, options.encode() or None
+    _check(_mount(os.fsencode(source), name, *words), target)
+
+
+def make_read_only(target: Name) -> None:
+    """Make the mounts at and below TARGET read-only, whatever their other flags."""
+    name = os.fsencode(target)
+    if _mount_setattr(_MOUNT_SETATTR, _AT_FDCWD, name, _AT_RECURSIVE, _READ_ONLY, 32) == 0:
         return
     # Before Linux 5.12.  Flags that a mount has must be kept in a user namespace.
     present = os.statvfs(target).f_flag
@@ -98,52 +111,50 @@ def make_read_only(target: str) -> None:
     mount("none", target, "", flags | MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
-def umount(target: str, flags: int = 0) -> None:
+def umount(target: Name, flags: int = 0) -> None:
     """umount2(2)."""
-    _check(_libc.umount2(os.fsencode(target), flags), target)
+    _check(_umount(os.fsencode(target), flags), target)
 
 
-def pivot_root(new: str, old: str) -> None:
+def pivot_root(new: Name, old: Name) -> None:
     """Make the mount point NEW the root of the mount namespace, and mount the former at OLD."""
-    number = _PIVOT_ROOT.get(_machine, _GENERIC_PIVOT_ROOT)
-    _check(_syscall(number, os.fsencode(new), os.fsencode(old)), new)
+    _check(_pivot_root(_PIVOT_ROOT, os.fsencode(new), os.fsencode(old)), new)
 
 
 def close_from(descriptor: int) -> None:
     """Close DESCRIPTOR and all above it."""
-    _check(_syscall(_CLOSE_RANGE, ctypes.c_uint(descriptor), ctypes.c_uint(0xFFFFFFFF), 0))
+    _check(_close_range(_CLOSE_RANGE, descriptor, 0xFFFFFFFF, 0))
 
 
 def set_personality(persona: int) -> None:
     """personality(2)."""
-    _check(_libc.personality(ctypes.c_ulong(persona)))
+    _check(_personality(persona))
 
 
 def set_host_names(host: str, domain: str) -> None:
     """Name this UTS namespace."""
     socket.sethostname(host)
     name = domain.encode()
-    _check(_libc.setdomainname(name, ctypes.c_size_t(len(name))))
+    _check(_setdomainname(name, len(name)))
 
 
 def clear_ambient_capabilities() -> None:
     """Empty the ambient set, so that no program inherits a capability."""
-    zero = ctypes.c_ulong(0)
-    clear = ctypes.c_ulong(_PR_CAP_AMBIENT_CLEAR_ALL)
-    _check(_libc.prctl(_PR_CAP_AMBIENT, clear, zero, zero, zero))
+    _check(_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
 
 
 def join_new_session_keyring() -> None:
     """Replace the session keyring, which would be shared with the daemon, by an empty one."""
-    number = _KEYCTL.get(_machine, _GENERIC_KEYCTL)
-    _check(_syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None))
+    _check(_keyctl(_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, None))
 
 
 def bring_up_loopback() -> None:
     """Bring `lo` of this network namespace up; the kernel gives it its addresses."""
-    flags = _IFF_UP | _IFF_LOOPBACK | _IFF_RUNNING
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", flags))
+    control = _check(_socket(socket.AF_INET, socket.SOCK_DGRAM, 0))
+    try:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, _LOOPBACK_UP)
+    finally:
+        os.close(control)
 
 
 def write_file(path: str, text: str) -> None:
@@ -162,6 +173,13 @@ def read_file(path: str) -> str:
         return os.read(descriptor, 65536).decode("ascii", "replace")
     finally:
         os.close(descriptor)
+
+
+def read_all(descriptor: int) -> bytes:
+    """Return what is in a file of memory, and close it."""
+    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    os.close(descriptor)
+    return data
 
 
 def set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:

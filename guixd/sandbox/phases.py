@@ -1,55 +1,87 @@
 """What a new process does to become the builder in its container (spec: sandbox §6).
 
-The phases are small functions run in order; `run` reports the one that fails.
-They run between fork and exec of a process with one thread, so they import nothing.
+What is the same for all builds it does at once, then it waits for the program of one
+build, see `guixd.build.program`.  Phases are small functions run in order; the one that
+fails is reported.  They run in a process with one thread, so they import nothing.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import marshal
 import os
 import select
 import signal
+import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import prctl
 
 from guixd.sandbox import kernel
-from guixd.sandbox.spec import Bind, File, SandboxSpec, UserNamespace
+from guixd.sandbox.spec import UserNamespace
 
 CONTROL = 3
 """Descriptor of the socket to the daemon, in the zygote and until the exec."""
 ZYGOTE = 4
 """Descriptor of a pidfd of the zygote, likewise."""
-_OWN_DESCRIPTORS_END = 5
+_ORDERS = 5
+"""Descriptor of the socket to the zygote, until the exec."""
+_OWN_DESCRIPTORS_END = 6
 _KVM_GID = 40000
 """The group that stands for the host's `kvm` in a user namespace."""
+WAITING = "guixd-waiting"
+"""Name of a process that has no build yet."""
 
-Phase = tuple[str, Callable[[SandboxSpec], None]]
 
+def serve(orders: socket.socket, contained: bool) -> NoReturn:
+    """Prepare this process for a build, wait for its program, and exec the builder.
 
-def run(spec: SandboxSpec, log: int, report: Callable[..., None]) -> None:
-    """Carry SPEC out and exec the builder; never returns.
+    The program comes with the descriptor of the builder's output.  The daemon is told
+    of success, or of the phase that failed; then the exit status is 1.
 
-    :param log: descriptor of the builder's standard output and error.
-    :param report: called with `"started"`, or with `"failed"`, the phase, the
-        error number and a text; then the process exits with status 1.
+    :param orders: where the program comes from; its end ends the process.
+    :param contained: whether the build gets a container.
     """
+    failure: BaseException | None = None
     phase = "descriptors"
     try:
-        _connect(log)
-        for phase, function in PLAIN if spec.root is None else CONTAINER:  # noqa: B007
-            function(spec)
-        report("started")
+        orders = _detach(orders)
+        for phase, function in CONTAINED if contained else PLAIN:  # noqa: B007
+            function()
     except BaseException as error:  # noqa: BLE001
-        report("failed", phase, *describe(error))
-        os._exit(1)
+        failure = error
+        orders.shutdown(socket.SHUT_RD)  # Who has no program for it yet shall take another.
     try:
-        _execute(spec)
-    except BaseException as error:  # noqa: BLE001
-        _say(f"error: cannot run builder '{spec.program}': {describe(error)[1]}")
-    os._exit(1)
+        _data, descriptors, _flags, _ = socket.recv_fds(orders, 1, 2)
+        if not descriptors:
+            os._exit(0)
+        log, program = descriptors
+        number, steps, started, builder = marshal.loads(kernel.read_all(program))
+        try:
+            if failure is not None:
+                raise failure
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+            os.umask(0)
+            for phase, call, arguments in steps:  # noqa: B007
+                CALLS[call](*arguments)
+            os.umask(0o022)
+            os.write(CONTROL, started)
+        except BaseException as error:  # noqa: BLE001
+            answer = json.dumps(["failed", number, phase, *describe(error)])
+            os.write(CONTROL, answer.encode())
+            os._exit(1)
+        try:
+            _execute(*builder)
+        except BaseException as error:  # noqa: BLE001
+            _say(f"error: cannot run builder '{builder[0]}': {describe(error)[1]}")
+    finally:
+        os._exit(1)
 
 
 def describe(error: BaseException) -> tuple[int, str]:
@@ -57,151 +89,135 @@ def describe(error: BaseException) -> tuple[int, str]:
     if not isinstance(error, OSError):
         return 0, f"{type(error).__name__}: {error}"
     text = error.strerror or str(error)
-    return error.errno or 0, f"{text}: {error.filename}" if error.filename else text
+    name = os.fsdecode(error.filename or "")
+    return error.errno or 0, f"{text}: {name}" if name else text
 
 
 def _say(text: str) -> None:
     os.write(2, text.encode("utf-8", "surrogateescape") + b"\n")
 
 
-def _connect(log: int) -> None:
-    """Make LOG standard output and error, and the null device standard input."""
+# What needs no program.
+
+
+def _detach(orders: socket.socket) -> socket.socket:
+    """Keep no descriptor of anybody, and none but the null device, ORDERS and those above."""
     os.setsid()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    os.dup2(orders.detach(), _ORDERS, inheritable=False)
     kernel.close_from(_OWN_DESCRIPTORS_END)
+    prctl.set_name(WAITING)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, _ORDERS)
 
 
-def _signals(spec: SandboxSpec) -> None:
+def _signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _keyring(spec: SandboxSpec) -> None:
-    try:
+def _keyring() -> None:
+    with suppress(OSError):  # No keyrings here, or too many: none is needed.
         kernel.join_new_session_keyring()
-    except OSError:  # No keyrings here, or too many: none is needed.
-        pass
 
 
-def _namespaces(spec: SandboxSpec) -> None:
+def _out_of_memory() -> None:
+    with suppress(OSError):  # Only an advice to the kernel whom to kill first.
+        kernel.write_file("/proc/self/oom_score_adj", "1000")
+
+
+def _die_with_zygote() -> None:
+    """Die with the zygote.  To be repeated after each change of ids, which undoes it."""
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if is_dead(ZYGOTE):
+        os._exit(1)
+
+
+def _namespaces() -> None:
     kernel.unshare(kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS)
 
 
-def _loopback(spec: SandboxSpec) -> None:
-    if spec.loopback:
-        kernel.bring_up_loopback()
-
-
-def _host_names(spec: SandboxSpec) -> None:
+def _host_names() -> None:
     kernel.set_host_names("localhost", "(none)")
 
 
-def _private_mounts(spec: SandboxSpec) -> None:
+def _private_mounts() -> None:
     # Fails in a process whose root is no mount point, such as below chroot(1).
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
 
 
-def _root(spec: SandboxSpec) -> None:
-    """Make the root directory a mount point and the working directory."""
-    assert spec.root is not None
-    kernel.mount(spec.root, spec.root, "", kernel.MS_BIND | kernel.MS_REC)
-    os.chdir(spec.root)
+PLAIN: Sequence[tuple[str, Callable[[], None]]] = (
+    ("parent's death", _die_with_zygote),
+    ("signals", _signals),
+    ("keyring", _keyring),
+    ("out-of-memory score", _out_of_memory),
+)
+CONTAINED = (
+    *PLAIN,
+    ("namespaces", _namespaces),
+    ("loopback", kernel.bring_up_loopback),
+    ("host names", _host_names),
+    ("private mounts", _private_mounts),
+)
 
 
-def _inside(path: str) -> str:
-    return path.lstrip("/") or "."
+# The calls of programs, with the umask 0.
 
 
-def _parents(path: str) -> None:
-    parent = os.path.dirname(path)
-    if parent and not os.path.isdir(parent):
-        os.makedirs(parent, exist_ok=True)
+def _enter_root(root: bytes) -> None:
+    """Make ROOT a mount point and the working directory."""
+    kernel.mount(root, root, "", kernel.MS_BIND | kernel.MS_REC)
+    os.chdir(root)
 
 
-def _files(spec: SandboxSpec) -> None:
-    for file in spec.files:
-        _make(file, _inside(file.path))
-
-
-def _make(file: File, path: str) -> None:
-    _parents(path)
-    if file.kind == "symlink":
-        os.symlink(file.content, path)
-        return
-    if file.kind == "directory":
-        try:
-            os.mkdir(path, file.mode)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise
-        os.chmod(path, file.mode)
-    else:
-        descriptor = _create(path, file.mode)
-        os.write(descriptor, file.content.encode("utf-8", "surrogateescape"))
-        os.close(descriptor)
-    if file.gid is not None:
-        os.chown(path, -1, file.gid, follow_symlinks=False)
-        os.chmod(path, file.mode)
-
-
-def _create(path: str, mode: int) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-
-
-def _binds(spec: SandboxSpec) -> None:
-    for bind in spec.binds:
-        _bind(bind, _inside(bind.target))
-
-
-def _bind(bind: Bind, target: str) -> None:
+def _make_directory(path: bytes, mode: int = 0o755) -> None:
+    """Make a directory if there is none."""
     try:
-        mode = os.lstat(bind.source).st_mode
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+
+
+def _make_file(path: bytes, mode: int, content: bytes = b"") -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    os.write(descriptor, content)
+    os.close(descriptor)
+
+
+def _bind(source: bytes, target: bytes, read_only: bool, optional: bool) -> None:
+    try:
+        mode = os.lstat(source).st_mode
     except FileNotFoundError:
-        if bind.optional:
+        if optional:
             return
         raise
-    _parents(target)
     if stat.S_ISLNK(mode):
-        os.symlink(os.readlink(bind.source), target)
+        os.symlink(os.readlink(source), target)
         return
     if stat.S_ISDIR(mode):
-        if not os.path.isdir(target):
-            os.mkdir(target)
+        _make_directory(target)
     else:
         try:
-            os.close(_create(target, 0o600))
+            _make_file(target, 0o600)
         except FileExistsError:
             if not stat.S_ISREG(os.lstat(target).st_mode):
                 raise
     # Without MS_REC a user namespace refuses what would uncover a mount below.
-    kernel.mount(bind.source, target, "", kernel.MS_BIND | kernel.MS_REC)
-    if bind.read_only:
+    kernel.mount(source, target, "", kernel.MS_BIND | kernel.MS_REC)
+    if read_only:
         kernel.make_read_only(target)
 
 
-def _proc(spec: SandboxSpec) -> None:
-    os.makedirs("proc", exist_ok=True)
-    kernel.mount("none", "proc", "proc")
-
-
-def _shm(spec: SandboxSpec) -> None:
-    if spec.shm:
-        os.makedirs("dev/shm", exist_ok=True)
-        kernel.mount("none", "dev/shm", "tmpfs")
-
-
-def _pts(spec: SandboxSpec) -> None:
-    if spec.devpts and os.path.exists("/dev/pts/ptmx") and not os.path.lexists("dev/ptmx"):
-        os.makedirs("dev/pts", exist_ok=True)
+def _mount_pts() -> None:
+    if os.path.exists("/dev/pts/ptmx") and not os.path.lexists("dev/ptmx"):
         kernel.mount("none", "dev/pts", "devpts", 0, "newinstance,mode=0620")
         os.symlink("/dev/pts/ptmx", "dev/ptmx")
         os.chmod("dev/pts/ptmx", 0o666)
 
 
-def _pivot(spec: SandboxSpec) -> None:
+def _pivot() -> None:
     """Enter the root; the old one is stacked on it for a moment, then gone."""
     kernel.pivot_root(".", ".")
     kernel.umount(".", kernel.MNT_DETACH)
@@ -210,27 +226,9 @@ def _pivot(spec: SandboxSpec) -> None:
     os.chmod("/", 0o555)
 
 
-def _directory(spec: SandboxSpec) -> None:
-    os.chdir(spec.directory)
-
-
-def _personality(spec: SandboxSpec) -> None:
-    kernel.set_personality(spec.personality)
-
-
-def _out_of_memory(spec: SandboxSpec) -> None:
-    try:
-        kernel.write_file("/proc/self/oom_score_adj", "1000")
-    except OSError:  # Only an advice to the kernel whom to kill first.
-        pass
-
-
-def _locked_mounts(spec: SandboxSpec) -> None:
+def _lock_mounts(uid: int) -> None:
     """Enter a second user and mount namespace, which cannot take mounts apart (§8)."""
-    if spec.user_namespace is None:
-        return
     gids = [line.split()[0] for line in kernel.read_file("/proc/self/gid_map").splitlines()]
-    uid = spec.user_namespace.uid
     maps = f"{uid} {uid} 1\n", "".join(f"{gid} {gid} 1\n" for gid in gids)
     if len(gids) == 1:
         kernel.unshare(kernel.NEWUSER | kernel.NEWNS)
@@ -260,16 +258,42 @@ def _locked_mounts(spec: SandboxSpec) -> None:
     raise PermissionError(errno.EPERM, "mounts are not locked")
 
 
-def _identity(spec: SandboxSpec) -> None:
-    if spec.ids is not None:
-        kernel.set_ids(spec.ids.uid, spec.ids.gid, spec.ids.groups)
+_OF_OS = os.chdir, os.chmod, os.lchown, os.symlink
+_OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare
+_OWN = _bind, _die_with_zygote, _enter_root, _lock_mounts, _make_directory, _make_file, _mount_pts
+CALLS: Mapping[str, Callable[..., Any]] = {
+    call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OWN, _pivot)
+}
 
 
-def _death(spec: SandboxSpec) -> None:
-    """Die with the zygote.  After the last change of ids, which would undo it."""
-    prctl.set_pdeathsig(signal.SIGKILL)
-    if is_dead(ZYGOTE):
-        os._exit(1)
+def _execute(
+    program: str, store: str, arguments: list[bytes], environment: dict[bytes, bytes], *texts: str
+) -> None:
+    """Become the builder; what goes wrong is part of the build's log."""
+    unsupported_platform, foreign_platform = texts
+    if unsupported_platform:
+        _say(unsupported_platform)
+        return
+    resolved = _resolve(program)
+    if not resolved.startswith(store + "/"):
+        _say(f"error: builder '{program}' is not in the store '{store}'")
+        return
+    try:
+        os.execve(resolved, arguments, environment)
+    except OSError as error:
+        if error.errno == errno.ENOEXEC and foreign_platform:
+            _say(foreign_platform)
+        raise
+
+
+def _resolve(program: str) -> str:
+    """Return the name of PROGRAM without symbolic links."""
+    opened = os.open(program, os.O_PATH)
+    name = os.readlink(f"/proc/self/fd/{opened}")
+    # The link may tell of a file elsewhere, such as one outside of the container.
+    if not os.path.samestat(os.fstat(opened), os.lstat(name)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return name
 
 
 def is_dead(pidfd: int, wait: bool = False) -> bool:
@@ -277,56 +301,6 @@ def is_dead(pidfd: int, wait: bool = False) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(None if wait else 0))
-
-
-PLAIN: Sequence[Phase] = (
-    ("signals", _signals),
-    ("keyring", _keyring),
-    ("working directory", _directory),
-    ("personality", _personality),
-    ("out-of-memory score", _out_of_memory),
-    ("identity", _identity),
-    ("parent's death", _death),
-)
-
-CONTAINER: Sequence[Phase] = (
-    ("signals", _signals),
-    ("keyring", _keyring),
-    ("namespaces", _namespaces),
-    ("loopback", _loopback),
-    ("host names", _host_names),
-    ("private mounts", _private_mounts),
-    ("root directory", _root),
-    ("files", _files),
-    ("bind mounts", _binds),
-    ("mount /proc", _proc),
-    ("mount /dev/shm", _shm),
-    ("mount /dev/pts", _pts),
-    ("pivot root", _pivot),
-    ("working directory", _directory),
-    ("personality", _personality),
-    ("out-of-memory score", _out_of_memory),
-    ("locked mounts", _locked_mounts),
-    ("identity", _identity),
-    ("parent's death", _death),
-)
-
-
-def _execute(spec: SandboxSpec) -> None:
-    """Become the builder; what goes wrong is part of the build's log."""
-    if spec.unsupported_platform:
-        _say(spec.unsupported_platform)
-        return
-    program = os.path.realpath(spec.program, strict=True)
-    if not program.startswith(spec.store + "/"):
-        _say(f"error: builder '{spec.program}' is not in the store '{spec.store}'")
-        return
-    try:
-        os.execve(program, spec.arguments, dict(spec.environment))
-    except OSError as error:
-        if error.errno == errno.ENOEXEC and spec.foreign_platform:
-            _say(spec.foreign_platform)
-        raise
 
 
 def write_maps(process: str, uid_map: str, gid_map: str) -> None:

@@ -6,9 +6,7 @@ and id is in here.  Text is UTF-8 with surrogate escapes.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,32 +92,3 @@ class SandboxSpec:
     """If not empty: printed instead of running the builder, which then fails."""
     foreign_platform: str = ""
     """If not empty: printed when the kernel cannot run the builder (ENOEXEC)."""
-
-    def encode(self) -> bytes:
-        """Return the spec as bytes for the zygote: JSON, values as plain lists."""
-        return json.dumps(_plain(self), separators=(",", ":"), default=_plain).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> SandboxSpec:
-        """Return what `encode` wrote."""
-        values = dict(zip(_NAMES[cls], json.loads(data), strict=True))
-        values["arguments"] = tuple(values["arguments"])
-        values["environment"] = tuple((name, value) for name, value in values["environment"])
-        values["files"] = tuple(File(*file) for file in values["files"])
-        values["binds"] = tuple(Bind(*bind) for bind in values["binds"])
-        if values["ids"] is not None:
-            uid, gid, groups = values["ids"]
-            values["ids"] = Ids(uid, gid, tuple(groups))
-        if values["user_namespace"] is not None:
-            values["user_namespace"] = UserNamespace(*values["user_namespace"])
-        return cls(**values)
-
-
-_NAMES = {
-    kind: tuple(field.name for field in fields(kind))
-    for kind in (Bind, File, Ids, UserNamespace, SandboxSpec)
-}
-
-
-def _plain(value: Any) -> list[Any]:
-    return [getattr(value, name) for name in _NAMES[type(value)]]

@@ -1,12 +1,13 @@
 """The process that starts builders: small, with one thread, and old in nothing.
 
 It gets requests from the daemon over a socket of packets, forks a process for each
-build, and tells how it goes.  A packet is a JSON list; in a request to spawn a line
-feed and the encoded `SandboxSpec` follow, unless that comes in a memory file.
+build, and tells how it goes.  Processes for the next builds are forked ahead and wait,
+with all done that no build differs in (see `guixd.sandbox.phases`).  A packet is a JSON
+list.
 
 Requests, with the descriptors that come along:
-    ["spawn", id, kind, size] log [memory file of SIZE bytes]
-                              KIND: "container", "user" (namespace) or "plain"
+    ["spawn", id, kind]       the builder's log; a file with its program
+                              KIND: "plain", "container", or a user namespace as a list
     ["signal", id, number]    to the builder and its process group
     ["kill-user", id, uid]
 Answers:
@@ -27,19 +28,21 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import prctl
 
 from guixd.sandbox import kernel, phases
-from guixd.sandbox.spec import SandboxSpec
+from guixd.sandbox.spec import UserNamespace
 
-_Become = Callable[[SandboxSpec], None]
-
-LARGEST_PACKET = 65536
-"""Most bytes of a packet; longer specs come in a memory file."""
+_Kind = str | UserNamespace
+"""What processes forked ahead differ in: "plain", "container", or a user namespace."""
+_MOST_WAITING = 4
+LARGEST_PACKET = 4096
+"""Most bytes of a packet."""
 
 
 @dataclass(slots=True)
@@ -47,8 +50,9 @@ class _Child:
     """A process to wait for."""
 
     build: int
-    kind: str
-    """As in the request, or "helper"."""
+    """0 if it waits for one."""
+    kind: _Kind | None
+    """None for a helper."""
     uid: int = 0
     """Whose processes a helper kills."""
 
@@ -94,26 +98,36 @@ class _Zygote:
         self._children: dict[int, _Child] = {}
         self._pids: dict[int, int] = {}
         """Process ids of running builders by the number of the build."""
+        self._kind: _Kind | None = None
+        """Of the processes that wait."""
+        self._waiting: dict[int, socket.socket] = {}
+        """Where the processes that wait get their programs, by process id."""
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
-        wake_read, wake_write = os.pipe()
-        os.set_blocking(wake_read, False)
-        os.set_blocking(wake_write, False)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY)
+        self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        self._wake = wake_read
 
     def serve(self) -> None:
         """Answer requests and reap children; return when the daemon is gone."""
         poll = select.poll()
-        poll.register(self._control, select.POLLIN)
+        poll.register(phases.CONTROL, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        poll.register(self._mounts, select.POLLPRI)
         while True:
-            for descriptor, _event in poll.poll():
-                if descriptor == self._wake:
-                    os.read(self._wake, 4096)
-                    self._reap()
-                elif not self._receive():
+            wanted = min(_MOST_WAITING, max(1, len(self._pids)))
+            spare = self._kind is not None and len(self._waiting) < wanted
+            events = dict(poll.poll(0 if spare else None))
+            if self._mounts in events:
+                self._dismiss()  # They would not see what is mounted now.
+            if self._wake in events:
+                os.read(self._wake, 4096)
+                self._reap()
+            if phases.CONTROL in events:
+                if not self._receive():
                     return
+            elif spare and not events:
+                self._fork_ahead()
 
     def _send(self, *answer: object) -> None:
         self._control.sendall(json.dumps(answer).encode(), socket.MSG_NOSIGNAL)
@@ -122,12 +136,10 @@ class _Zygote:
         data, descriptors, _flags, _ = socket.recv_fds(self._control, LARGEST_PACKET, 2)
         if not data:
             return False
-        header, _, rest = data.partition(b"\n")
-        what, number, *arguments = json.loads(header)
+        what, number, *arguments = json.loads(data)
         try:
             if what == "spawn":
-                kind, size = arguments
-                self._spawn(number, kind, size, rest, *descriptors)
+                self._spawn(descriptors, number, *arguments)
             elif what == "signal":
                 self._signal(number, *arguments)
             elif what == "kill-user":
@@ -139,38 +151,66 @@ class _Zygote:
 
     # Builders.
 
-    def _spawn(
-        self, number: int, kind: str, size: int, data: bytes, log: int, memory: int = -1
-    ) -> None:
-        if memory >= 0:
-            data = os.pread(memory, size, 0)
-
-        def become(spec: SandboxSpec) -> None:
-            signal.set_wakeup_fd(-1)
-            phases.run(spec, log, lambda what, *more: self._send(what, number, *more))
-
+    def _spawn(self, descriptors: Sequence[int], number: int, name: Any) -> None:
+        kind = name if isinstance(name, str) else UserNamespace(*name)
+        if kind != self._kind:
+            self._dismiss()
         try:
-            if kind == "container":
-                pid = self._fork_container(become, data)
-            elif kind == "user":
-                pid = _fork_user(become, data)
-            else:
-                pid = _fork(lambda: become(SandboxSpec.decode(data)))
+            pid = self._hand_over(descriptors) or self._fork(kind, descriptors)
         except OSError as error:
             self._send("failed", number, "new process", *phases.describe(error))
             self._send("exited", number, 256, [0, 0, 0])
             return
+        self._kind = kind
         self._children[pid] = _Child(number, kind)
         self._pids[number] = pid
         self._send("forked", number, pid)
 
-    def _fork_container(self, become: _Become, data: bytes) -> int:
-        """Fork the first process of a new pid namespace."""
-        kernel.unshare(kernel.NEWPID)
-        try:
-            return _fork(lambda: become(SandboxSpec.decode(data)))
-        finally:
-            kernel.setns(self._pid_namespace, kernel.NEWPID)
+    def _hand_over(self, descriptors: Sequence[int]) -> int:
+        """Give a build to a process that waits, and return its id; 0 if there is none."""
+        while self._waiting:
+            pid = next(iter(self._waiting))
+            with self._waiting.pop(pid) as orders, suppress(ConnectionError):  # It has ended.
+                socket.send_fds(orders, [b"!"], descriptors)
+                return pid
+        return 0
+
+    def _fork_ahead(self) -> None:
+        kind, self._kind = self._kind, None
+        assert kind is not None
+        with suppress(OSError):  # The next build tells.
+            self._children[self._fork(kind)] = _Child(0, kind)
+            self._kind = kind
+
+    def _dismiss(self) -> None:
+        """Let go all processes that wait, which end."""
+        while self._waiting:
+            self._waiting.popitem()[1].close()
+
+    def _fork(self, kind: _Kind, descriptors: Sequence[int] = ()) -> int:
+        """Return the id of a new process for a build, which waits if there are no DESCRIPTORS."""
+        orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with orders, theirs:
+            if descriptors:
+                socket.send_fds(orders, [b"!"], descriptors)
+
+            def become() -> None:
+                signal.set_wakeup_fd(-1)
+                phases.serve(theirs, kind != "plain")
+
+            if isinstance(kind, UserNamespace):
+                pid = _fork_user(kind, become)
+            elif kind == "container":
+                kernel.unshare(kernel.NEWPID)
+                try:
+                    pid = _fork(become)
+                finally:
+                    kernel.setns(self._pid_namespace, kernel.NEWPID)
+            else:
+                pid = _fork(become)
+            if not descriptors:
+                self._waiting[pid] = orders.dup()
+        return pid
 
     def _signal(self, number: int, which: int) -> None:
         pid = self._pids.get(number)
@@ -191,16 +231,33 @@ class _Zygote:
                 # While it is not reaped no other group can have its number.
                 _kill(os.killpg, found.si_pid, signal.SIGKILL)
             _pid, status, usage = os.wait4(found.si_pid, 0)
-            if child is None:  # Left by a builder without a container.
+            if child is None or child.kind == "plain":
+                self._end_strays()
+            if child is None:
                 continue
-            if child.kind == "helper" and os.WIFSIGNALED(status):
+            if child.build == 0:
+                if orders := self._waiting.pop(found.si_pid, None):
+                    orders.close()
+            elif child.kind is None and os.WIFSIGNALED(status):
                 self._kill_user(child.build, child.uid)  # Killed by what it was to kill.
-            elif child.kind == "helper":
+            elif child.kind is None:
                 self._send("done", child.build, "" if status == 0 else f"wait status {status}")
             else:
                 del self._pids[child.build]
                 times = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss]
                 self._send("exited", child.build, status, times)
+
+    def _end_strays(self) -> None:
+        """Kill what builders without a container left, when it can belong to none that runs.
+
+        Their orphans have become children of this process.
+        """
+        if any(child.kind == "plain" and child.build for child in self._children.values()):
+            return
+        with suppress(FileNotFoundError):  # Not every kernel tells.
+            for name in kernel.read_file("/proc/thread-self/children").split():
+                if int(name) not in self._children:
+                    _kill(os.kill, int(name), signal.SIGKILL)
 
     # Users.
 
@@ -215,7 +272,7 @@ class _Zygote:
                 os._exit(0)
             finally:
                 os._exit(1)
-        self._children[helper] = _Child(number, "helper", uid)
+        self._children[helper] = _Child(number, None, uid)
 
 
 def _kill(how: Callable[[int, int], None], pid: int, number: int) -> None:
@@ -235,7 +292,7 @@ def _fork(child: Callable[[], None]) -> int:
     return pid
 
 
-def _fork_user(become: _Become, data: bytes) -> int:
+def _fork_user(user: UserNamespace, become: Callable[[], None]) -> int:
     """Fork the first process of new user and pid namespaces; it becomes a child of this one.
 
     A process in between enters the namespaces, forks, and is gone.
@@ -244,15 +301,13 @@ def _fork_user(become: _Become, data: bytes) -> int:
 
     def between() -> None:
         try:
-            spec = SandboxSpec.decode(data)
-            assert spec.user_namespace is not None
             this = os.pidfd_open(os.getpid())
-            phases.enter_user_namespace(spec.user_namespace)
+            phases.enter_user_namespace(user)
             pid = os.fork()
             if pid == 0:
                 # Or its parent's death would be taken for the zygote's.
                 phases.is_dead(this, wait=True)
-                become(spec)
+                become()
             answer: tuple[int, str] = pid, ""
         except OSError as error:
             number, text = phases.describe(error)

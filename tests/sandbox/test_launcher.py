@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import base64
+import marshal
 import os
+import pickle
 import select
 import signal
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from guixd.build.program import prepare
 from guixd.errors import SandboxError
+from guixd.formats.path import StoreDirectory
+from guixd.sandbox import kernel
+from guixd.sandbox.phases import CALLS
 from guixd.sandbox.spec import Bind, File, Ids, SandboxSpec, UserNamespace
 from tests.sandbox.place import BUSYBOX, Place, free_uid
 from tests.support import requires_root, requires_user_namespaces
@@ -23,6 +30,19 @@ from tests.support import requires_root, requires_user_namespaces
 def children_of(pid: int) -> list[int]:
     """Return the process ids of the children of PID."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def builders_of(pid: int) -> list[int]:
+    """Return the process ids of the builders of a zygote, without processes that wait."""
+    names = {child: Path(f"/proc/{child}/comm").read_text() for child in children_of(pid)}
+    return [child for child, name in names.items() if not name.startswith("guixd-")]
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """Return what is open in a zygote besides its sockets to processes that wait."""
+    directory = f"/proc/{pid}/fd"
+    links = [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
+    return sorted(link for link in links if not link.startswith("socket:"))
 
 
 class _WithLauncher:
@@ -72,7 +92,7 @@ class _WithLauncher:
         spawning.cancel()
         with self.assertRaises(CancelledError):
             await spawning
-        self.assertEqual(children_of(zygote), [])
+        self.assertEqual(builders_of(zygote), [])
 
     async def test_back_pressure(self) -> None:
         """P26: nothing is read while the reader rests, and nothing gets lost."""
@@ -119,15 +139,43 @@ class _WithLauncher:
         """X12: builders at the same time; afterwards the zygote has no descriptor more."""
         await self.place.run("true")
         zygote = self.place.launcher.zygote_pid
-        before = len(os.listdir(f"/proc/{zygote}/fd"))
+        before = descriptors_of(zygote)
         specs = [self.spec(f"echo {number}") for number in range(20)]
         outcomes = await gatherResults(
             [Deferred.fromCoroutine(self.place.finish(spec)) for spec in specs]
         )
         self.assertEqual([outcome.text for outcome in outcomes], [f"{n}\n" for n in range(20)])
         self.assertEqual(len({outcome.pid for outcome in outcomes}), 20)
-        self.assertEqual(len(os.listdir(f"/proc/{zygote}/fd")), before)
-        self.assertEqual(children_of(zygote), [])
+        self.assertEqual(descriptors_of(zygote), before)
+        self.assertEqual(builders_of(zygote), [])
+
+    async def test_lost_waiting(self) -> None:
+        """X34: processes that wait for a build may die; those left end with the zygote."""
+        await self.place.run("true")
+        zygote = self.place.launcher.zygote_pid
+        for _ in range(2):
+            for child in children_of(zygote):
+                with os.fdopen(os.pidfd_open(child)) as pidfd:
+                    os.kill(child, signal.SIGKILL)
+                    select.select([pidfd], [], [], 60)
+            self.assertEqual((await self.place.run("echo again")).lines, ["again"])
+        _, recorder = await self.place.spawn(self.spec("$b sleep 1000"))
+        left = [os.pidfd_open(child) for child in children_of(zygote)]
+        os.kill(zygote, signal.SIGKILL)
+        await recorder.ended
+        for pidfd in left:
+            self.addCleanup(os.close, pidfd)
+            self.assertTrue(select.select([pidfd], [], [], 60)[0])
+        self.flushLoggedErrors()
+
+    async def test_alternate(self) -> None:
+        """X28: what waits for one kind of build is not used for another."""
+        for _ in range(2):
+            up = await self.place.run("$b ip -o link")
+            down = await self.place.run("$b ip -o link", fixed=True)
+            if self.mode != "plain":
+                self.assertIn("LOOPBACK,UP", up.text)
+                self.assertNotIn("LOOPBACK,UP", down.text)
 
     async def test_bad_protocol(self) -> None:
         """B38: a protocol that raises does not disturb the launcher."""
@@ -143,18 +191,17 @@ class _WithLauncher:
 
 
 _DAEMON = """
-import base64, os, sys
+import base64, os, pickle, sys
 sys.path[:] = sys.argv[2:]
 from twisted.internet import reactor
 from twisted.internet.protocol import ProcessProtocol
 from guixd.build.launcher import ZygoteLauncher
-from guixd.sandbox.spec import SandboxSpec
 
 class Announcer(ProcessProtocol):
     def connectionMade(self):
         os.write(1, b"%d\\n" % self.transport.pid)
 
-spec = SandboxSpec.decode(base64.b64decode(sys.argv[1]))
+spec = pickle.loads(base64.b64decode(sys.argv[1]))
 ZygoteLauncher(reactor).spawn(Announcer(), spec)
 reactor.run()
 """
@@ -168,7 +215,7 @@ class BuildUserTests(_WithLauncher, TestCase):
 
     async def test_daemon_dies(self) -> None:
         """X34: when the daemon dies all builders do."""
-        encoded = base64.b64encode(self.spec("$b sleep 1000").encode())
+        encoded = base64.b64encode(pickle.dumps(self.spec("$b sleep 1000")))
         daemon = subprocess.Popen(
             [sys.executable, "-c", _DAEMON, encoded, *sys.path], stdout=subprocess.PIPE
         )
@@ -211,6 +258,21 @@ class BuildUserTests(_WithLauncher, TestCase):
         with self.assertRaises(SandboxError):
             await self.place.launcher.kill_user(0)
 
+    async def test_later_mount(self) -> None:
+        """X5: a build sees what has been mounted since the last one."""
+        await self.place.run("true")
+        source = self.place.item("mounted")
+        os.mkdir(source)
+        script = f"$b ls {source}"
+        for contents in [], ["file"]:
+            build = self.place.prepare(self.place.derivation(script), inputs=(source,))
+            seen = await self.place.finish(build.spec)
+            self.assertEqual(seen.lines, contents)
+            if not contents:
+                kernel.mount("none", source, "tmpfs")
+                self.addCleanup(kernel.umount, source, kernel.MNT_DETACH)
+                Path(source, "file").touch()
+
 
 @requires_user_namespaces
 class RootlessTests(_WithLauncher, TestCase):
@@ -224,29 +286,83 @@ class PlainTests(_WithLauncher, TestCase):
 
     mode = "plain"
 
+    async def test_strays(self) -> None:
+        """X24: what left the builder's session dies when no builder is left."""
+        process, other = await self.place.spawn(self.spec("echo go; $b sleep 1000"))
+        await other.hear(b"go")
+        seen = await self.place.run(
+            "echo $($b setsid $b sh -c 'echo $$; exec $b sleep 1000 > /dev/null 2>&1' &)"
+        )
+        stray = os.pidfd_open(int(seen.text))
+        self.addCleanup(os.close, stray)
+        self.assertEqual(select.select([stray], [], [], 0)[0], [])
+        process.signalProcess("KILL")
+        await other.ended
+        self.assertTrue(select.select([stray], [], [], 60)[0])
 
-class SpecTests(SynchronousTestCase):
+
+class ProgramTests(SynchronousTestCase):
     """The form in which a plan reaches the zygote."""
 
-    def test_round_trip(self) -> None:
-        """X25: nothing is lost, not even bytes that are no UTF-8."""
-        full = SandboxSpec(
+    def test_calls(self) -> None:
+        """X25: each step names a phase and a call there is; the order is that of the phases."""
+        spec = SandboxSpec(
             "/s/b",
             ("b", "\udcff"),
             (("A", "\n"),),
             "/d",
             "/s",
             "/r",
-            (File("/f", "file", 0o600, "x", 5),),
-            (Bind("/a", "/b", False, True),),
-            False,
-            False,
-            Ids(1, 2, (3,)),
-            UserNamespace(1, 2, 3, 4, 5),
-            False,
-            8,
-            "u",
-            "f",
+            (File("/a/f", "file", 0o600, "\udcfe", 5), File("/a", "directory", 0o2711)),
+            (Bind("/a", "/a/b/c", False, True),),
+            ids=Ids(1, 2, (3,)),
+            user_namespace=UserNamespace(1, 2, 3, 4, 5),
+            loopback=False,
+            unsupported_platform="u",
+            foreign_platform="f",
         )
-        for spec in full, SandboxSpec("/s/b", (), (), "/", "/s"):
-            self.assertEqual(SandboxSpec.decode(spec.encode()), spec)
+        number, steps, started, builder = marshal.loads(prepare(7, spec))
+        self.assertEqual((number, started), (7, b'["started", 7]'))
+        self.assertEqual(builder, ("/s/b", "/s", [b"b", b"\xff"], {b"A": b"\n"}, "u", "f"))
+        phases = [phase for phase, _ in groupby(steps, key=lambda step: step[0])]
+        self.assertEqual(
+            phases,
+            [
+                "loopback",
+                "root directory",
+                "files",
+                "bind mounts",
+                "mount /proc",
+                "mount /dev/shm",
+                "mount /dev/pts",
+                "pivot root",
+                "working directory",
+                "personality",
+                "locked mounts",
+                "identity",
+                "parent's death",
+            ],
+        )
+        self.assertLessEqual({call for _, call, _ in steps}, set(CALLS))
+        self.assertEqual(
+            [(call, *arguments) for phase, call, arguments in steps if phase == "files"],
+            [
+                ("make_directory", b"a"),
+                ("make_file", b"a/f", 0o600, b"\xfe"),
+                ("lchown", b"a/f", -1, 5),
+                ("chmod", b"a", 0o2711),
+            ],
+        )
+        self.assertEqual(
+            [(call, *arguments) for phase, call, arguments in steps if phase == "bind mounts"],
+            [("make_directory", b"a/b"), ("bind", b"/a", b"a/b/c", False, True)],
+        )
+
+    def test_texts(self) -> None:
+        """X25: store paths become plain text, which any marshalled program is made of."""
+        store = StoreDirectory("/s")
+        path = store.child("0" * 32 + "-b")
+        spec = SandboxSpec(
+            path, (path,), ((path, path),), path, path, path, (), (Bind(path, path),)
+        )
+        self.assertIn(path.encode(), prepare(1, spec))

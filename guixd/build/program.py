@@ -1,0 +1,114 @@
+"""What a new process does for one build, as a list of calls with ready arguments.
+
+For a process that has been forked ahead and shall do little itself: names are bytes and
+the directories to make are known.  Carried out by `guixd.sandbox.phases`.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+from typing import Any
+
+from guixd.sandbox import kernel
+from guixd.sandbox.spec import File, SandboxSpec
+
+Step = tuple[str, str, tuple[Any, ...]]
+"""The name of a phase, a name in `guixd.sandbox.phases.CALLS`, and its arguments."""
+
+
+def prepare(number: int, spec: SandboxSpec) -> bytes:
+    """Return the program of the build NUMBER, marshalled for the same Python."""
+    steps = _plain(spec) if spec.root is None else _container(spec, spec.root)
+    environment = {_bytes(name): _bytes(value) for name, value in spec.environment}
+    arguments = [_bytes(argument) for argument in spec.arguments]
+    names = str(spec.program), str(spec.store)
+    texts = str(spec.unsupported_platform), str(spec.foreign_platform)
+    started = json.dumps(["started", number]).encode()
+    return marshal.dumps((number, steps, started, (*names, arguments, environment, *texts)))
+
+
+def _plain(spec: SandboxSpec) -> list[Step]:
+    steps: list[Step] = [
+        ("working directory", "chdir", (_bytes(spec.directory),)),
+        ("personality", "set_personality", (spec.personality,)),
+    ]
+    if spec.user_namespace is not None:
+        steps.append(("locked mounts", "lock_mounts", (spec.user_namespace.uid,)))
+    if spec.ids is not None:
+        ids = spec.ids.uid, spec.ids.gid, tuple(spec.ids.groups)
+        steps.append(("identity", "set_ids", ids))
+    return [*steps, ("parent's death", "die_with_zygote", ())]
+
+
+def _container(spec: SandboxSpec, root: str) -> list[Step]:
+    """Return the phases of a container (spec: sandbox §6) that depend on SPEC, in their order."""
+    tree = _Tree()
+    if not spec.loopback:  # Another network, whose `lo` is down.
+        tree.add("loopback", "unshare", kernel.NEWNET)
+    tree.add("root directory", "enter_root", _bytes(root))
+    for file in spec.files:
+        tree.add_file("files", file)
+    for bind in spec.binds:
+        target = tree.add_parents("bind mounts", bind.target)
+        source = _bytes(bind.source)
+        tree.add("bind mounts", "bind", source, target, bind.read_only, bind.optional)
+    tree.add_mount("mount /proc", "/proc", "proc")
+    if spec.shm:
+        tree.add_mount("mount /dev/shm", "/dev/shm", "tmpfs")
+    if spec.devpts:
+        tree.add_parents("mount /dev/pts", "/dev/pts/")
+        tree.add("mount /dev/pts", "mount_pts")
+    tree.add("pivot root", "pivot")
+    return tree.steps + _plain(spec)
+
+
+class _Tree:
+    """Steps, and which directories they make below the root."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._made = {b""}
+
+    def add(self, phase: str, call: str, *arguments: Any) -> None:
+        self.steps.append((phase, call, arguments))
+
+    def add_parents(self, phase: str, name: str) -> bytes:
+        """Make the directories that NAME needs; return it as a name below the root."""
+        path = _bytes(name).lstrip(b"/") or b"."
+        parent = path.rpartition(b"/")[0]
+        missing: list[bytes] = []
+        while parent not in self._made:
+            missing.append(parent)
+            parent = parent.rpartition(b"/")[0]
+        for parent in reversed(missing):
+            self.add(phase, "make_directory", parent)
+        self._made.update(missing)
+        return path
+
+    def add_mount(self, phase: str, name: str, kind: str) -> None:
+        """Mount a new file system of KIND."""
+        self.add(phase, "mount", b"none", self.add_parents(phase, name + "/")[:-1], kind)
+
+    def add_file(self, phase: str, file: File) -> None:
+        """Make FILE."""
+        path = self.add_parents(phase, file.path)
+        if file.kind == "symlink":
+            self.add(phase, "symlink", _bytes(file.content), path)
+            return
+        exact = file.mode & ~0o1777 == 0  # No more is kept when something is made.
+        if file.kind == "file":
+            self.add(phase, "make_file", path, file.mode, _bytes(file.content))
+        elif path in self._made:
+            exact = False
+        else:
+            self.add(phase, "make_directory", path, file.mode)
+            self._made.add(path)
+        if file.gid is not None:
+            self.add(phase, "lchown", path, -1, file.gid)
+        if not exact:
+            self.add(phase, "chmod", path, file.mode)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
