@@ -182,6 +182,33 @@ class ProgramTests(SynchronousTestCase):
         self.assertRaises(OSError, os.mkdir, store + "/x")
         self.assertEqual(program.end()[0], 0)
 
+    def test_read_only_disk(self) -> None:
+        """On a medium that is read-only each client reads so, until it is writable."""
+        require(is_root(), "root")
+        store = temporary_directory(self)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", store], check=True)
+        self.addCleanup(subprocess.run, ["umount", store], check=True)
+        program = Program(self, PROGRAM, NIX_STORE_DIR=store)
+        program.state()
+        for _ in range(2):
+            self.assertRaisesRegex(AssertionError, "read-only", program.greet)
+        self.assertEqual(os.listdir(store), [])
+        subprocess.run(["mount", "-o", "remount,rw", store], check=True)
+        program.greet()
+        self.assertIn(".links", os.listdir(store))
+        self.assertEqual(program.end()[0], 0)
+
+    def test_socket_in_use(self) -> None:
+        """O8: a second daemon on a socket ends with status 1, and the first goes on."""
+        first = Program(self, PROGRAM)
+        first.state()
+        second = Program(self, [*PROGRAM, f"--listen={first.socket}"])
+        output = second.process.communicate(timeout=WAIT)[0].decode()
+        self.assertEqual(second.process.returncode, 1, output)
+        self.assertIn("in use", output)
+        first.greet()
+        self.assertEqual(first.end()[0], 0)
+
     def test_unprivileged(self) -> None:
         """O27: without privileges the daemon serves, and trusts its own user."""
         uid, user = os.geteuid(), []
