@@ -14,9 +14,11 @@ from twisted.internet.threads import deferToThread
 
 from guixd.client import Client, RequestFailed
 from guixd.formats import derivation
+from guixd.formats import operations as op
 from guixd.formats.derivation import HashCache, Output
 from guixd.formats.path import StorePath
 from guixd.settings import UidRange
+from tests.security.test_requests import resident
 from tests.service.test_real_builds import FIRST_UID, RealCase
 from tests.service.world import EndpointAs, set_options
 from tests.support import requires_root
@@ -356,4 +358,67 @@ class SmallDiskTests(BuildCase):
         (self.shared / "end").touch()
         await also
         self.assertEqual(Path(fine_out).read_text(), "x\n")
+        await self.nothing_left()
+
+
+class HostileOutputTests(BuildCase):
+    async def test_deep_trees(self) -> None:
+        """X33, CVE-2025-46415: trees deeper than any name can be long are taken and removed."""
+        client = await self.client()
+        dig = (
+            "chain=$($b seq 900 | $b sed s,.*,d/, | $b tr -d '\\n');"
+            "dig() { $b mkdir t; for i in 1 2 3 4 5; do $b mkdir -p n/$chain;"
+            " $b mv t n/$chain; $b mv n t; done; };"
+        )
+        script = f"{dig} dig; $b mkdir $out; cd $out; dig; echo x > f"
+        drv, out = await self.prepare(client, "x", script)
+        await client.build_paths([drv])
+        self.assertGreater((await client.path_info(out)).nar_size, 4500 * 96)
+        drv, out = await self.prepare(client, "y", script + "; exit 1")
+        await self.fails_with(100, client, drv)
+        await self.nothing_left()
+
+    async def test_names_and_links(self) -> None:
+        """X33, N8: links lead nowhere, whatever they are called and wherever they point."""
+        client = await self.client()
+        victim = Path(self.directory, "victim")
+        victim.mkdir(mode=0o700)
+        victim.joinpath("f").write_text("safe")
+        victim.joinpath("f").chmod(0o600)
+        script = (
+            f"$b mkdir $out; cd $out; $b ln -s {victim} d; $b ln -s {victim}/f f; $b ln -s . l;"
+            "$b ln -s ../../../.. up; echo x > \"$($b printf '\\377\\n\\001 -rf')\";"
+            f"$b ln -s {victim} ${{out%/*}}/{'0' * 32}-planted; echo y > ${{out%/*}}/.links;"
+            "cd /tmp/guix-build*; $b ln -s $out o; cd ..; $b ln -s x y; exit 0"
+        )
+        drv, out = await self.prepare(client, "x", script)
+        await client.build_paths([drv])
+        names = sorted(os.listdir(os.fsencode(out)))
+        self.assertEqual(names, [b"d", b"f", b"l", b"up", b"\xff\n\x01 -rf"])
+        status = victim.joinpath("f").stat()
+        self.assertEqual((status.st_mode & 0o7777, status.st_uid), (0o600, 0))
+        self.assertEqual(victim.stat().st_mode & 0o7777, 0o700)
+        self.assertEqual(victim.joinpath("f").read_text(), "safe")
+        self.assertTrue(os.path.isdir(self.store.path + "/.links"))
+        self.assertEqual([n for n in os.listdir(self.store.path) if "planted" in n], [])
+        link, target = await self.prepare(client, "y", f"$b ln -s {victim}/f $out")
+        await client.build_paths([link])
+        self.assertEqual(os.readlink(target), f"{victim}/f")
+        self.assertEqual(victim.joinpath("f").stat().st_mode & 0o7777, 0o600)
+        await self.nothing_left()
+
+    async def test_flood(self) -> None:
+        """P26, B13: what a builder writes without end takes no memory, read or not."""
+        client = await self.client()
+        await client.set_options(set_options())
+        # The end of the flood is the test's: the client has not read half of it by then.
+        script = "$b yes | $b head -c 60000000; : > /shared/done; echo x > $out"
+        drv, out = await self.prepare(client, "x", script)
+        lazy = await self.raw(None, set_options(), op.BuildPaths((drv,)))
+        lazy.transport.pauseProducing()
+        before = resident()
+        await client.build_paths([drv])
+        self.assertLess(resident() - before, 64 << 20)
+        self.assertTrue(os.path.exists(out))
+        lazy.transport.loseConnection()
         await self.nothing_left()
