@@ -51,7 +51,7 @@ def planned(drv: Derivation | None = None, **changes: Any) -> SandboxSpec:
 
 class PlanTests(SynchronousTestCase):
     def test_builder(self) -> None:
-        """B11: program, arguments and directory."""
+        """D15: program, arguments and directory."""
         spec = planned()
         self.assertEqual(spec.program, INPUT + "/bin/sh")
         self.assertEqual(spec.arguments, ("sh", "-c", "x"))
@@ -144,7 +144,7 @@ class PlanTests(SynchronousTestCase):
 
 class EnvironmentTests(SynchronousTestCase):
     def test_impure(self) -> None:
-        """B12: variables of the daemon reach builds with a fixed output only."""
+        """B18, D10: variables of the daemon reach builds with a fixed output only."""
         variables = {"impureEnvVars": "http_proxy  unset\nHOME", "http_proxy": "mine"}
         for fixed in True, False:
             drv = derivation(fixed, environment=variables)
@@ -155,7 +155,7 @@ class EnvironmentTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=100)
     @given(st.dictionaries(st.text(_CHARACTERS), st.text(_CHARACTERS)))
     def test_precedence(self, variables: dict[str, str]) -> None:
-        """B11: the derivation's variables are kept but for those of the directory."""
+        """D9: the derivation's variables are kept but for those of the directory."""
         got = environment(derivation(environment=variables), "/b", SETTINGS, 3, {})
         names = [name.encode("utf-8", "surrogateescape") for name, _ in got]
         self.assertEqual(names, sorted(set(names)))
