@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
-
 from guixd.build.engine import Engine
 from guixd.client import Client, RequestFailed
 from guixd.formats import derivation
@@ -46,10 +44,17 @@ class RealCase(DaemonCase):
             shutil.copy(BUSYBOX, directory / "busybox")
         return await client.add_tree("tools", str(directory))
 
-    async def derive(self, client: Client, name: str, script: str) -> tuple[StorePath, StorePath]:
-        """Add a derivation that runs SCRIPT; return it and its output."""
+    async def derive(
+        self, client: Client, name: str, script: str, **fields: Any
+    ) -> tuple[StorePath, StorePath]:
+        """Add a derivation that runs SCRIPT; return it and its output.
+
+        :param fields: of the derivation, in place of the usual ones; its environment
+            is added to.
+        """
         tools = await self.tools(client)
         none = self.store.child("0" * 32 + "-none")
+        variables = {"name": name, **fields.pop("environment", {})}
         drv = Derivation(
             outputs={"out": Output(none, "", "")},
             inputs={},
@@ -57,13 +62,14 @@ class RealCase(DaemonCase):
             platform=this_system(),
             builder=f"{tools}/busybox",
             arguments=("sh", "-e", "-c", script),
-            environment={"name": name},
+            environment=variables,
         )
+        drv = replace(drv, **fields)
         out = derivation.compute_output_paths(drv, name, self.store, HashCache(self.unknown, {}))
         drv = replace(
             drv,
             outputs={"out": Output(out["out"], "", "")},
-            environment={"name": name, **out},
+            environment={**variables, **out},
         )
         path = await client.add_text(f"{name}.drv", derivation.serialise(drv), [tools])
         return path, out["out"]
@@ -86,30 +92,6 @@ class ContainerTests(RealCase):
         drv, out = await self.derive(client, "b", "echo $NIX_BUILD_CORES > $out")
         await client.build_paths([drv])
         self.assertEqual(Path(out).read_text(), "3\n")
-
-    async def test_shared(self) -> None:
-        """P28: two clients that want the same get it by one build, and both see its log."""
-        first, second = await self.client(), await self.client()
-        started: Deferred[None] = Deferred()
-        logs: list[list[bytes]] = [[], []]
-
-        def note(line: bytes) -> None:
-            logs[0].append(line)
-            if b"go on" in line:
-                started.callback(None)
-
-        first.log, second.log = note, logs[1].append
-        await first.set_options(set_options())
-        await second.set_options(set_options())
-        script = "echo go on; read line < /dev/null || echo done > $out"
-        drv, out = await self.derive(first, "s", script)
-        building = first.build_paths([drv])
-        await started
-        await second.build_paths([drv])
-        await building
-        self.assertEqual(Path(out).read_text(), "done\n")
-        for log in logs:
-            self.assertLessEqual(b"".join(log).count(b"build-started"), 1)
 
     async def test_leaving(self) -> None:
         """P27: the builder of a client that leaves dies, and the next build works."""
@@ -201,3 +183,34 @@ class NoJobsTests(PlayedCase):
         drv, _ = await self.derive(client, "x", "true")
         error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
         self.assertIn("unable to start any build", error.text)
+
+
+class SystemTests(PlayedCase):
+    options = {"max_jobs": 0, "system": "i686-linux"}
+
+    async def test_local(self) -> None:
+        """O23, D21: `--system` says what is local; only that is built without jobs."""
+        client = await self.client()
+        local = {"preferLocalBuild": "1"}
+        drv, out = await self.derive(client, "x", "", platform="i686-linux", environment=local)
+        await client.build_paths([drv])
+        self.assertTrue(await client.is_valid_path(out))
+        for platform, variables in (
+            ("x86_64-linux", local),
+            ("i686-linux", {}),
+            ("i686-linux", {"preferLocalBuild": "yes"}),
+        ):
+            drv, _ = await self.derive(client, "y", "", platform=platform, environment=variables)
+            error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
+            self.assertIn("unable to start any build", error.text)
+
+
+class LinksTests(PlayedCase):
+    options = {"deduplicate": False}
+
+    async def test_no_deduplication(self) -> None:
+        """O19: nothing is put into the pool of links."""
+        client = await self.client()
+        await client.add_text("x", b"x" * 10000)
+        await self.build()
+        self.assertEqual(os.listdir(self.store.path + "/.links"), [])
