@@ -121,9 +121,10 @@ def pivot_root(new: Name, old: Name) -> None:
     _check(_pivot_root(_PIVOT_ROOT, os.fsencode(new), os.fsencode(old)), new)
 
 
-def close_from(descriptor: int) -> None:
-    """Close DESCRIPTOR and all above it."""
-    _check(_close_range(_CLOSE_RANGE, descriptor, 0xFFFFFFFF, 0))
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """Close the descriptors from FIRST to LAST, if any."""
+    if first <= last:
+        _check(_close_range(_CLOSE_RANGE, first, last, 0))
 
 
 def set_personality(persona: int) -> None:
@@ -177,7 +178,7 @@ def read_file(path: str) -> str:
 
 def read_all(descriptor: int) -> bytes:
     """Return what is in a file of memory, and close it."""
-    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    data = os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_END), 0)
     os.close(descriptor)
     return data
 

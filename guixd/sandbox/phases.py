@@ -28,9 +28,7 @@ CONTROL = 3
 """Descriptor of the socket to the daemon, in the zygote and until the exec."""
 ZYGOTE = 4
 """Descriptor of a pidfd of the zygote, likewise."""
-_ORDERS = 5
-"""Descriptor of the socket to the zygote, until the exec."""
-_OWN_DESCRIPTORS_END = 6
+_OWN_DESCRIPTORS_END = 5
 _KVM_GID = 40000
 """The group that stands for the host's `kvm` in a user namespace."""
 WAITING = "guixd-waiting"
@@ -49,7 +47,7 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
     failure: BaseException | None = None
     phase = "descriptors"
     try:
-        orders = _detach(orders)
+        _detach(orders.fileno())
         for phase, function in CONTAINED if contained else PLAIN:  # noqa: B007
             function()
     except BaseException as error:  # noqa: BLE001
@@ -100,21 +98,15 @@ def _say(text: str) -> None:
 # What needs no program.
 
 
-def _detach(orders: socket.socket) -> socket.socket:
+def _detach(orders: int) -> None:
     """Keep no descriptor of anybody, and none but the null device, ORDERS and those above."""
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
-    os.dup2(orders.detach(), _ORDERS, inheritable=False)
-    kernel.close_from(_OWN_DESCRIPTORS_END)
+    kernel.close_range(_OWN_DESCRIPTORS_END, orders - 1)
+    kernel.close_range(orders + 1)
     prctl.set_name(WAITING)
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, _ORDERS)
-
-
-def _signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _keyring() -> None:
@@ -149,7 +141,6 @@ def _private_mounts() -> None:
 
 PLAIN: Sequence[tuple[str, Callable[[], None]]] = (
     ("parent's death", _die_with_zygote),
-    ("signals", _signals),
     ("keyring", _keyring),
     ("out-of-memory score", _out_of_memory),
 )
@@ -211,10 +202,11 @@ def _bind(source: bytes, target: bytes, read_only: bool, optional: bool) -> None
 
 
 def _mount_pts() -> None:
-    if os.path.exists("/dev/pts/ptmx") and not os.path.lexists("dev/ptmx"):
-        kernel.mount("none", "dev/pts", "devpts", 0, "newinstance,mode=0620")
-        os.symlink("/dev/pts/ptmx", "dev/ptmx")
-        os.chmod("dev/pts/ptmx", 0o666)
+    if os.access("/dev/pts/ptmx", os.F_OK):
+        with suppress(FileExistsError):
+            os.symlink("/dev/pts/ptmx", "dev/ptmx")
+            kernel.mount("none", "dev/pts", "devpts", 0, "newinstance,mode=0620")
+            os.chmod("dev/pts/ptmx", 0o666)
 
 
 def _pivot() -> None:

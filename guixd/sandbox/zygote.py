@@ -73,7 +73,8 @@ def main(control: int) -> NoReturn:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     # Who stops the service signals all its processes: the daemon ends builds in order.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A builder must not inherit this, nor does it: exec undoes handlers.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     gc.disable()
     gc.freeze()
     try:
@@ -190,7 +191,7 @@ class _Zygote:
     def _fork(self, kind: _Kind, descriptors: Sequence[int] = ()) -> int:
         """Return the id of a new process for a build, which waits if there are no DESCRIPTORS."""
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with orders, theirs:
+        with theirs:
             if descriptors:
                 socket.send_fds(orders, [b"!"], descriptors)
 
@@ -208,8 +209,10 @@ class _Zygote:
                     kernel.setns(self._pid_namespace, kernel.NEWPID)
             else:
                 pid = _fork(become)
-            if not descriptors:
-                self._waiting[pid] = orders.dup()
+            if descriptors:
+                orders.close()
+            else:
+                self._waiting[pid] = orders
         return pid
 
     def _signal(self, number: int, which: int) -> None:
