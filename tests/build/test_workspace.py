@@ -144,6 +144,39 @@ class BuildUserTests(_Workspaces):
             list(owners.values()), [(0, 0), (61_001, 61_002), (0, 0), (0, 0), (0, 61_002)]
         )
 
+    def test_exchanged(self) -> None:
+        """CVE-2025-52993: what is put in place of a new directory is given to nobody."""
+        victim = Path(self.directory, "victim")
+        victim.mkdir(mode=0o700)
+        victim.joinpath("f").touch()
+        theirs = Path(self.directory, "theirs")
+        make = os.mkdir
+
+        def link(name: str) -> None:
+            os.symlink(victim, name)
+
+        def directory(name: str) -> None:
+            make(theirs)
+            os.chown(theirs, CLIENT, CLIENT)
+            os.rename(theirs, name)
+
+        for attack in link, directory:
+            for use_chroot in True, False:
+
+                def make_and_lose(name: str, mode: int = 0o777, **where: int) -> None:
+                    make(name, mode, **where)
+                    if name == self.outside:
+                        os.rmdir(name)
+                        attack(name)  # noqa: B023
+
+                self.patch(os, "mkdir", make_and_lose)
+                self.assertRaises((OSError, StoreError), self.create, use_chroot)
+                self.patch(os, "mkdir", make)
+                status = victim.stat()
+                self.assertEqual((status.st_uid, stat.S_IMODE(status.st_mode)), (0, 0o700))
+                self.assertEqual(os.listdir(victim), ["f"])
+                self.assertFalse(os.path.lexists(self.outside))
+
     def fill(self, workspace: Workspace) -> str:
         """Make files of the build user; return the name of the tree."""
         tree = workspace.build_directory
