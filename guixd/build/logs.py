@@ -28,6 +28,8 @@ GZIP_LEVEL = 3
 BATCH = 64 << 10
 """Bytes that are compressed at once, unless it is time to flush."""
 BLOCK = 256 << 10
+READ_BACK = 1 << 20
+"""The end of a log that nobody reads back from the file, in bytes; see `broadcast.TAIL`."""
 READ_SIZE = 4 << 10
 
 SUFFIXES = {"gzip": ".gz", "bzip2": ".bz2", "none": ""}
@@ -123,6 +125,7 @@ class LogFile:
         self._writing = False
         self._pending: list[bytes] = []
         self._queued = 0
+        self._size = 0
         self._working: list[Deferred[None]] | None = None
         self._held = False
         self._unflushed = False
@@ -149,6 +152,7 @@ class LogFile:
             return
         self._pending.append(data)
         self._queued += len(data)
+        self._size += len(data)
         if self._working is None:
             if self._queued >= BATCH:
                 self._start()
@@ -226,6 +230,9 @@ class LogFile:
 
     async def settle(self) -> None:
         """Wait for the steps in other threads, before `end` in one; write nothing after it."""
+        if self._size > READ_BACK:
+            # Who reads back meanwhile must find it all, and start no step beside `end`.
+            await self.flush()
         while self._working is not None:
             await self._idle()
         if self._timer is not None:
