@@ -283,7 +283,6 @@ class ZygoteLauncher:
         try:
             zygote = self._get_zygote()
             number = next(self._numbers)
-            program = _memory_file(prepare(number, spec))
             builder = BuilderProcess(
                 self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
             )
@@ -291,6 +290,12 @@ class ZygoteLauncher:
             return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
         except SandboxError as error:
             return fail(error)
+        try:
+            program = _memory_file(prepare(number, spec))
+        except OSError as error:
+            os.close(builder.pipe.write_end)
+            builder.pipe.close()
+            return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
         self._builders[number] = builder
         zygote.send(["spawn", number, _kind(spec)], builder.pipe.write_end, program)
         return builder.set_up
