@@ -17,6 +17,7 @@ from struct import Struct
 from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from guixd.errors import ProtocolError
+from guixd.formats import packed
 from guixd.formats.path import StoreDirectory, StorePath
 
 KIB: Final = 1024
@@ -47,7 +48,6 @@ _long = Struct("<Q").unpack_from
 _pack = Struct("<Q").pack
 _ZEROS = tuple(bytes(n) for n in range(8))
 _COMPACT = 64 * KIB
-_USUAL_PATH = 4 * KIB
 
 
 def encode_int(value: int) -> bytes:
@@ -93,19 +93,6 @@ def in_byte_order(values: Iterable[S]) -> list[S]:
     if all(map(lt, given, islice(given, 1, None))):  # as most lists are that we send
         return given
     return sorted(set(given))
-
-
-def _encode_ascii(values: Iterable[str]) -> bytes:
-    """Return all of VALUES, which are ASCII, as strings one after the other."""
-    around: dict[int, tuple[str, str]] = {}
-    parts: list[str] = []
-    for value in values:
-        size = len(value)
-        if size not in around:
-            around[size] = str(_pack(size), "latin-1"), str(_ZEROS[-size & 7], "latin-1")
-        before, after = around[size]
-        parts += (before, value, after)
-    return "".join(parts).encode("latin-1")
 
 
 class Source:
@@ -207,42 +194,20 @@ class Source:
         return data[start:end] if size < _COMPACT else memoryview(data)[start:end]
 
     def paths(self, most: int) -> list[StorePath]:
-        """Take up to MOST store paths out, as many as are whole and of the usual form.
+        """Take up to MOST store paths out, as many as are whole, if all are usual ones.
 
-        Whatever is wrong with the next one is left to be found by who reads it alone.
+        Whatever is wrong or unusual is left to be found by who reads them one by one.
         """
-        if self._end - self._start < 8:
+        start = self._start
+        if self._end - start < 8 or self._data[start] + 8 > self._end - start:
+            return []  # Or each byte of the first one would cost a copy.
+        end = min(self._end, start + most * packed.MOST_BYTES)
+        data = bytes(memoryview(self._data)[start:end])
+        texts, joined, used = packed.take_short(data, most)
+        if not texts or not packed.all_below(joined, len(texts), self.store.path):
             return []
-        size, high = _words(self._data, self._start)
-        if high or self._end - self._start - 8 < size:  # Or each byte of it would cost a copy.
-            return []
-        data = bytes(memoryview(self._data)[self._start : self._end])
-        text = str(data, "latin-1")
-        prefix = self.store.path + "/"
-        slash = len(prefix) - 1
-        found: list[StorePath] = []
-        here, last_word = 0, len(data) - 8
-        while most and here <= last_word:
-            size, high = _words(data, here)
-            end = here + 8 + size
-            pad = -size & 7
-            path = text[here + 8 : end]
-            if (
-                high
-                or size > _USUAL_PATH
-                or end + pad > len(data)
-                or (pad and data[end : end + pad] != _ZEROS[pad])
-                or not path.startswith(prefix)
-                or path.rfind("/") != slash
-                or size == slash + 1
-                or not path.isascii()
-            ):
-                break
-            found.append(StorePath(path))
-            here = end + pad
-            most -= 1
-        self._start += here
-        return found
+        self._start = start + used
+        return list(map(StorePath, texts))
 
 
 class Reader(Protocol[V_co]):
@@ -519,10 +484,11 @@ class SortedSet(Kind[tuple[S, ...]], Generic[S]):
     def write(self, value: Iterable[S], out: list[bytes]) -> None:
         values = in_byte_order(value)
         out.append(encode_int(len(values)))
-        if all(map(str.isascii, values)):
-            out.append(_encode_ascii(values))
-        else:
+        encoded = packed.encode_short(values)
+        if encoded is None:
             out += map(encode_string, values)
+        else:
+            out.append(encoded)
 
 
 class Converted:

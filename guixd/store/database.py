@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from itertools import compress
 from typing import TypeVar
 
 from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
@@ -106,6 +107,16 @@ class Database(Queries):
                 known.update(rows.items())
             found.update(rows)
         return found
+
+    def valid_in_order(self, paths: Sequence[StorePath]) -> list[StorePath]:
+        """Return those of PATHS that are valid, in their order."""
+        if self._mark.raw != self._seen:
+            self._forget()
+        rows = list(map(self._known.get, paths))
+        if None not in rows:
+            return list(compress(paths, rows))
+        valid = self.valid_paths(paths)
+        return [path for path in paths if path in valid]
 
     def find_path_info(self, path: StorePath) -> PathInfo | None:
         """Return what is known of PATH, `None` if it is not valid."""
