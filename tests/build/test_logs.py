@@ -68,6 +68,20 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(READ[compression](Path(log.path).read_bytes()), text)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_settled(self) -> None:
+        """B29: a long log that is settled can be read back, with nothing left to do in threads."""
+        for compression in READ:
+            log = self.log(compression)
+            text = bytes(3 * TAIL) + b"end"
+            log.write(text[:-1])
+            log.write(text[-1:])
+            self.successResultOf(Deferred.fromCoroutine(log.settle()))
+            self.patch(log, "_threads", self.fail)
+            self.successResultOf(Deferred.fromCoroutine(log.flush()))
+            self.assertEqual(_read_all(log.path, compression), text)
+            log.end()
+            self.assertEqual(READ[compression](Path(log.path).read_bytes()), text)
+
     def test_older_log(self) -> None:
         """A new log replaces the older one; who still reads that keeps reading it."""
         log = self.log("none")
