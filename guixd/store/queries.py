@@ -207,7 +207,15 @@ class Queries:
         try:
             return self._connection.execute(statement, parameters).fetchall()
         except sqlite3.Error as error:
-            raise store_error(error) from error
+            if "decode to UTF-8" not in str(error) or self._connection.text_factory is _any_text:
+                raise store_error(error) from error
+        # Somebody else has put such bytes there.  Other texts are read faster without this.
+        self._connection.text_factory = _any_text
+        return self._rows(statement, *parameters)
+
+
+def _any_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _digest(path: StorePath, text: str) -> bytes:

@@ -327,6 +327,19 @@ class QueryTests(Case):
         self.assertEqual(set(paths), {item(n) for n in ("a", "b", "B", "é")})
         self.assertEqual(paths, sorted(paths, key=os.fsencode))
 
+    def test_foreign_bytes(self) -> None:
+        """S14: a name that is no UTF-8, which others have put there, does not hide the rest."""
+        self.add("a")
+        self.foreign(
+            "INSERT INTO ValidPaths (path, hash, registrationTime)"
+            f" VALUES (CAST(x'{item('b').encode().hex()}ff' AS TEXT), '', 1)"
+        )
+        reader = self.database.read_only_copy()
+        self.addCleanup(reader.close)
+        for queries in self.database, reader:
+            self.assertEqual(queries.all_valid_paths(), [item("a"), item("b") + "\udcff"])
+            self.assertEqual(queries.path_info(item("a")).path, item("a"))
+
     def test_subset(self) -> None:
         """P11: those that are valid, remembered or not; any bytes may be asked for."""
         names = [str(n) for n in range(600)]
