@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from guixd.build.request import BuildMode, BuildRequest, Wanted
@@ -36,6 +37,9 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
     peer = session.peer
     owner = (None, None) if peer is None else (peer.uid, peer.gid)
     options = session.options.for_builds(*owner)
+    if "build-repeat" not in session.options.table:
+        # The administrator's rounds are not effective yet; who asks for some is refused.
+        options = replace(options, rounds=1)
     directory = session.store.directory
     items = tuple(wanted(directory, item) for item in request.items)
     await session.daemon.build(BuildRequest(items, mode, options, session.roots), session)

@@ -214,3 +214,17 @@ class LinksTests(PlayedCase):
         await client.add_text("x", b"x" * 10000)
         await self.build()
         self.assertEqual(os.listdir(self.store.path + "/.links"), [])
+
+
+class RoundsTests(PlayedCase):
+    options = {"rounds": 2}
+
+    async def test_not_effective(self) -> None:
+        """O24: `--rounds` has no effect yet, and does not keep anybody from building."""
+        await self.build()
+        self.assertEqual(b"".join(self.log).count(b"@ build-started"), 1)
+        client = await self.client()
+        await client.set_options(set_options(("build-repeat", "1")))
+        drv, _ = await self.derive(client, "y", "true")
+        error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
+        self.assertIn("not supported", error.text)
