@@ -3,7 +3,7 @@
 The guest lies in `$GUIXD_GUEST_DIR/sid` (default ~/.cache/guixd/guest/sid) and is made
 once, as root, with mmdebstrap from the Debian archive that this machine's apt uses.
 Nothing is changed in it afterwards: commands see it through a view of their own, see
-view.sh.  CI must be able to make it; elsewhere tests that need it are skipped without.
+view.py.  CI must be able to make it; elsewhere tests that need it are skipped without.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ BUILD_USERS = range(30001, 30011)
 BUILD_GROUP = 30000
 PLAIN_USER = 31000
 
-_VIEW = Path(__file__).with_name("view.sh")
+_VIEW = Path(__file__).with_name("view.py")
 
 
 def directory() -> Path:
@@ -143,4 +144,5 @@ def view(
     :param user: uid, and gid, to run as; root by default.
     """
     pairs = [f"{source}:{place}" for place, source in binds.items()]
-    return ["sh", str(_VIEW), str(base), "-" if user is None else str(user), *pairs, "--", *command]
+    enter = [sys.executable, "-I", "-S", str(_VIEW), str(base)]
+    return [*enter, "-" if user is None else str(user), *pairs, "--", *command]

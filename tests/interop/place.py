@@ -6,6 +6,7 @@ be compared between daemons word by word; the directories behind them are a test
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -20,7 +21,10 @@ from tests.support import temporary_directory
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 CHECKOUT = Path(__file__).parents[2]
-BUILD_UIDS = f"{guest.BUILD_USERS[0]}-{guest.BUILD_USERS[-1]}:{guest.BUILD_GROUP}"
+# Who has a build user kills its processes, wherever: other ones in each test process.
+FIRST_UID = 2_000_000 + 16 * os.getpid()
+USERS = len(guest.BUILD_USERS)
+BUILD_UIDS = f"{FIRST_UID}-{FIRST_UID + USERS - 1}:{guest.BUILD_GROUP}"
 CLIENT_SECONDS = 60
 TOOLS = (
     "sh", "cat", "chmod", "cut", "dd", "echo", "env", "grep", "head", "id", "kill", "ln", "ls",
@@ -52,6 +56,7 @@ class Place:
             "/var/guix": str(self.directory / "state"),
             "/var/log/guix": str(self.directory / "log"),
         }
+        self._passwd()
         self.names: dict[str, str] = {}
         (self.directory / "state/daemon-socket").mkdir()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -61,6 +66,14 @@ class Place:
         guest.BuildUsers.claim()
         case.addCleanup(guest.BuildUsers.release)
         case.addCleanup(self.stop)
+
+    def _passwd(self) -> None:
+        """Give the guest's build users the ids of this test process."""
+        passwd = (guest.root() / "etc/passwd").read_text()
+        for number, uid in enumerate(guest.BUILD_USERS):
+            passwd = passwd.replace(f":x:{uid}:", f":x:{FIRST_UID + number}:")
+        (self.directory / "passwd").write_text(passwd)
+        self.guest_binds = {"/etc/passwd": str(self.directory / "passwd")}
 
     def _tools(self) -> None:
         """Make the directory tree that builders have for their programs."""
@@ -78,10 +91,10 @@ class Place:
         """
         assert name not in self._processes
         if daemon == GUIXD:
-            base = Path("/")
+            base, binds = Path("/"), self.binds
             command = [sys.executable, "-m", "guixd", f"--build-uids={BUILD_UIDS}"]
         else:
-            base = guest.root()
+            base, binds = guest.root(), {**self.binds, **self.guest_binds}
             command = ["guix-daemon", "--build-users-group=guixbuild"]
         command += ["--no-substitutes", "--no-offload", *options]
         environment = {
@@ -99,7 +112,7 @@ class Place:
             self._processes[name] = subprocess.Popen(
                 # Signals are ignored here if the tests have been started in the background.
                 ["env", "--default-signal", "sh", "-c", activate, "sh",
-                 *guest.view(base, self.binds, command)],
+                 *guest.view(base, binds, command)],
                 stdin=listening.fileno(), stdout=log, stderr=log, env=environment, cwd="/",
             )  # fmt: skip
 
