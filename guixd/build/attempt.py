@@ -256,9 +256,14 @@ class Attempt:
             await self._clean_up(workspace, keep)
 
     async def _clean_up(self, workspace: Workspace, keep: bool) -> None:
-        if self._broadcast.log_file is not None:
-            await self._broadcast.log_file.settle()
+        log = self._broadcast.log_file
+        if log is not None:
+            await log.settle()
         try:
+            if not keep and self._contained and (log is None or log.is_small):
+                self._end_log()
+                if workspace.remove_small():
+                    return
             kept = await self._shop.threads(self._clean, workspace, keep)
         except (GuixdError, OSError):
             if not self._valid:
@@ -321,12 +326,7 @@ class Attempt:
 
     def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
         """End the log and remove the directories, but for a tree to be kept; blocks."""
-        log = self._broadcast.log_file
-        try:
-            if log is not None:
-                log.end()
-        except OSError:
-            _log.failure("cannot end the log {path}", path=log and log.path)
+        self._end_log()
         try:
             if keep:
                 return workspace.keep(self._options.client_uid, self._options.client_gid)
@@ -338,6 +338,14 @@ class Attempt:
                 if not self._valid:
                     # They may have any mode; only in a container could they be hidden.
                     _remove_all(output.path for output in self._missing.values())
+
+    def _end_log(self) -> None:
+        log = self._broadcast.log_file
+        if log is not None:
+            try:
+                log.end()
+            except OSError:
+                _log.failure("cannot end the log {path}", path=log.path)
 
     def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
         if self._contained and self._drv.has_fixed_outputs:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from guixd.build.users import BuildUser
 from guixd.errors import StoreError
 from guixd.formats.path import StorePath
-from guixd.store.trees import chown_tree, open_beneath, remove, strip
+from guixd.store.trees import chown_tree, open_beneath, remove, remove_small, strip
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOP = "top"
@@ -117,21 +117,26 @@ class Workspace:
 
         :raises StoreError: something could not be deleted; the rest is.
         """
+        self._close()
         try:
             if not self._kept:
-                self._remove_outside()
+                remove(None, self.outside)
         finally:
-            self._close()
             if self.chroot is not None:
                 remove(None, self.chroot)
 
-    def _remove_outside(self) -> None:
-        try:
-            # Often that is all there is.
-            os.rmdir(_TOP, dir_fd=self._outside_fd)
-            os.rmdir(self.outside)
-        except OSError:
-            remove(None, self.outside)
+    def remove_small(self) -> bool:
+        """Delete what little there is, in a moment.
+
+        :return: whether that was all; if not, `remove` is to follow in a thread.
+        :raises StoreError: something could not be deleted.
+        """
+        gone = remove_small(None, self.outside)
+        if gone and self.chroot is not None:
+            gone = remove_small(None, self.chroot)
+        if gone:
+            self._close()
+        return gone
 
     def keep(self, uid: int | None, gid: int | None) -> Kept:
         """Hand the build tree over to a client for inspection, and delete the rest.

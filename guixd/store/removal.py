@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import ELOOP, ENOTDIR, ENOTEMPTY
+from errno import EBUSY, ELOOP, ENOTDIR, ENOTEMPTY
 
 from guixd.errors import StoreError
-from guixd.store.descent import Descent, open_directory
+from guixd.store.descent import DIRECTORY_FLAGS, Descent, open_directory
 
 _ATTEMPTS = 1000
+_A_MOMENT = 100
+"""How many nodes `remove_small` removes at most; large ones count for several."""
+_PAGE = 4096
 
 
 def remove(dir_fd: int | None, name: str, *, max_links: int = 1) -> int:
@@ -34,6 +37,53 @@ def remove(dir_fd: int | None, name: str, *, max_links: int = 1) -> int:
 def remove_path(path: str, *, max_links: int = 1) -> int:
     """Remove the file or tree PATH, whose directories can be trusted; see `remove`."""
     return remove(None, path, max_links=max_links)
+
+
+def remove_small(dir_fd: int | None, name: str) -> bool:
+    """Remove the directory NAME as `remove` does, if there is so little that it is done at once.
+
+    :return: whether it is gone; if not, the rest is for `remove`, in a thread.
+    """
+    try:
+        _remove_little(dir_fd, name, _A_MOMENT)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_little(dir_fd: int | None, name: str, left: int) -> int:
+    """Remove a directory if that costs at most LEFT, which bounds the depth, too.
+
+    :return: what is left of LEFT.
+    :raises OSError: it costs more, or is not simple.
+    """
+    fd = os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
+    try:
+        left -= os.fstat(fd).st_size // _PAGE
+        _check(left)
+        with os.scandir(fd) as listing:
+            entries = list(listing)
+        for entry in entries:
+            left -= 1
+            if not entry.is_dir(follow_symlinks=False):
+                left -= entry.stat(follow_symlinks=False).st_size // _PAGE
+                _check(left)
+                os.unlink(entry.name, dir_fd=fd)
+                continue
+            _check(left)
+            try:
+                os.rmdir(entry.name, dir_fd=fd)  # many are empty
+            except OSError:
+                left = _remove_little(fd, entry.name, left)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=dir_fd)
+    return left
+
+
+def _check(left: int) -> None:
+    if left < 0:
+        raise OSError(EBUSY, "too much")
 
 
 def _remove(down: Descent, name: str, max_links: int) -> int:

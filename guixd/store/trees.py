@@ -17,7 +17,7 @@ from guixd.store.canonical import (
 )
 from guixd.store.copying import copy_fresh
 from guixd.store.dump import Measured, dump, dump_path, hash_and_scan, hash_file, hash_nar
-from guixd.store.removal import remove, remove_path
+from guixd.store.removal import remove, remove_path, remove_small
 from guixd.store.restore import TreeWriter
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "open_beneath",
     "remove",
     "remove_path",
+    "remove_small",
     "strip",
 ]

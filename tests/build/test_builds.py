@@ -75,6 +75,18 @@ class OutcomeTests(Real):
         self.assertFalse(os.path.lexists(path + ".lock"))
         self.assertEqual(world.leftovers(), [])
 
+    async def test_much(self) -> None:
+        """B7, B35: so do large outputs and whatever else a builder leaves."""
+        world = self.world
+        script = (
+            "mkdir $out; for i in NUMBERS; do echo $i > $out/$i; echo > /tmp/$i; echo > $i; done;"
+            " dd if=/dev/zero of=/tmp/large bs=1048576 count=4"
+        )
+        drv = world.derive("much", script.replace("NUMBERS", " ".join(map(str, range(300)))))
+        await self.succeed(drv)
+        self.assertEqual(len(os.listdir(world.output(drv))), 300)
+        self.assertEqual(world.leftovers(), [])
+
     async def test_exit_codes(self) -> None:
         """B2, D26: exit code 100, signal 100, missing output 1; the lock file stays."""
         world = self.world

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +202,50 @@ class RequestTests(Fake):
         self.assertEqual(error.status, 1)
         self.assertIn("not supported yet", error.text)
         self.assertEqual(world.leftovers(), [])
+
+
+class RoomTests(SynchronousTestCase):
+    """When the next build may begin."""
+
+    def test_directories_are_removed_meanwhile(self) -> None:
+        """B9, B35: the next build begins when outputs are valid; the answer waits for the rest."""
+        launcher = FakeLauncher()
+        later: list[Deferred[None]] = []
+
+        def threads(function: Callable[..., Any], *arguments: Any) -> Deferred[Any]:
+            later.append(Deferred())
+            return later[-1].addCallback(lambda _: function(*arguments))
+
+        users = 1 if os.geteuid() == 0 else 0
+        world = World(self, users=users, launcher=launcher, threads=threads, clock=Clock())
+        a, b = world.derive("a"), world.derive("b")
+        building = world.build(a, b)
+        several = Path(f"{launcher['a'].spec.root}/tmp/several")
+        several.mkdir(parents=True)
+        for number in range(200):
+            (several / str(number)).touch()
+        launcher["a"].finish()
+        self.assertTrue(world.is_valid(a))
+        self.assertEqual(launcher.running, ["b"])
+        launcher["b"].finish()
+        self.assertTrue(world.is_valid(b))
+        self.assertNoResult(building)
+        self.assertEqual(world.leftovers(), [f"{a.base}.chroot"])
+        self.assertEqual(len(later), 1)
+        later.pop().callback(None)
+        self.successResultOf(building)
+        self.assertEqual(world.leftovers(), [])
+
+    def test_builds_that_end_at_once(self) -> None:
+        """B9: any number of builds may follow each other without a pause."""
+        launcher = FakeLauncher()
+        users = 1 if os.geteuid() == 0 else 0
+        world = World(self, users=users, launcher=launcher, threads=inline, clock=Clock())
+        building = world.build(*(world.derive(f"b{number}") for number in range(150)))
+        launcher.auto = {}
+        launcher["b0"].finish()
+        self.successResultOf(building)
+        self.assertEqual(len(launcher.started), 150)
 
 
 class FailureTests(Fake):

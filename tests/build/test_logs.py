@@ -47,6 +47,18 @@ class LogFileTests(SynchronousTestCase):
             name = log_file("/log", drv, compression)
             self.assertEqual(name, f"/log/drvs/ab/{rest}{suffix}")
 
+    def test_empty(self) -> None:
+        """B29: a log without text is a whole file of its kind; a short one ends in a moment."""
+        for compression, read in READ.items():
+            log = self.log(compression)
+            self.assertEqual(log.is_small, compression != "bzip2")
+            log.end()
+            self.assertEqual(read(Path(log.path).read_bytes()), b"")
+        log = self.log()
+        log.write(bytes(BATCH // 2))
+        self.assertFalse(log.is_small)
+        self.successResultOf(Deferred.fromCoroutine(log.settle()))
+
     @settings(deadline=None, max_examples=30)
     @given(
         st.sampled_from(sorted(READ)),

@@ -9,7 +9,7 @@ import sys
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import StoreError
-from guixd.store.trees import open_beneath, remove, remove_path
+from guixd.store.trees import open_beneath, remove, remove_path, remove_small
 from tests.archives import File, Link, read_tree, write_tree
 from tests.support import requires_root, temporary_directory
 
@@ -136,6 +136,40 @@ class RemoveTests(RemovalTestCase):
         with self.assertRaises(StoreError):
             remove(self.fd, "t")
         self.assertEqual(read_tree(os.fsencode(self.at("out/f"))), File(b"x"))
+
+
+class SmallTests(RemovalTestCase):
+    """What is removed at once, and what is left to a thread."""
+
+    def test_small(self) -> None:
+        """A small tree goes, links themselves."""
+        write_tree(os.fsencode(self.at("keep")), {b"f": File(b"x")})
+        tree = {b"f": File(b"1"), b"d": {b"e": {}, b"g": File(b"12")}, b"l": Link(b"../keep")}
+        write_tree(os.fsencode(self.at("t")), tree)
+        self.assertTrue(remove_small(self.fd, "t"))
+        self.assertEqual(os.listdir(self.fd), ["keep"])
+        self.assertEqual(os.listdir(self.at("keep")), ["f"])
+
+    def test_large(self) -> None:
+        """Many nodes, large files and depth are refused before they cost anything."""
+        several = {b"%d" % number: File() for number in range(200)}
+        nested: dict[bytes, object] = {}
+        for _ in range(200):
+            nested = {b"d": nested}
+        for tree in several, {b"f": File(bytes(1 << 20))}, nested:
+            write_tree(os.fsencode(self.at("t")), tree)
+            self.assertFalse(remove_small(self.fd, "t"))
+            self.assertEqual(os.listdir(self.fd), ["t"])
+            remove(self.fd, "t")
+        self.assertEqual(os.listdir(self.fd), [])
+
+    def test_links_and_missing(self) -> None:
+        """Only directories are removed so; a link in place of one is not followed."""
+        write_tree(os.fsencode(self.at("keep")), {b"f": File(b"x")})
+        os.symlink("keep", self.at("l"))
+        self.assertFalse(remove_small(self.fd, "l"))
+        self.assertFalse(remove_small(self.fd, "missing"))
+        self.assertEqual(os.listdir(self.at("keep")), ["f"])
 
 
 @requires_root
