@@ -238,11 +238,14 @@ class Attempt:
         call = shop.threads if graphs or obstacles else inline
         try:
             workspace = await call(self._prepare, graphs, obstacles)
-        finally:
+        except BaseException:
             if killing is not None:
                 await killing
+            raise
         keep = False
         try:
+            if killing is not None:
+                await killing
             self._check()
             reason = await self._run_builder(self._spec(workspace, inputs))
             await self._harvest(workspace, inputs, reason)

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from twisted.internet.defer import fail
+
 from guixd.build.engine import Engine
 from guixd.client import Client, RequestFailed
+from guixd.errors import SandboxError
 from guixd.formats import derivation
 from guixd.formats import operations as op
 from guixd.formats.derivation import Derivation, HashCache, Output
@@ -228,3 +231,22 @@ class RoundsTests(PlayedCase):
         drv, _ = await self.derive(client, "y", "true")
         error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
         self.assertIn("not supported", error.text)
+
+
+@requires_root
+class LostZygoteTests(PlayedCase):
+    def make_builder(self, daemon: Daemon, store: LocalStore) -> object:
+        engine: Any = super().make_builder(daemon, store)
+        error = SandboxError("zygote", "the process that runs builders has died")
+        self.patch(engine._workshop.launcher, "kill_user", lambda uid: fail(error))
+        return engine
+
+    async def test_kill_fails(self) -> None:
+        """X22, X25: when nobody can kill what its user runs, a build leaves nothing behind."""
+        client = await self.client()
+        drv, out = await self.derive(client, "x", "true")
+        error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
+        self.assertEqual((error.status, "has died" in error.text), (1, True), error.text)
+        self.assertFalse(os.path.exists(out))
+        self.assertEqual(os.listdir(self.directory + "/tmp"), [])
+        self.assertEqual([n for n in os.listdir(self.store.path) if n.endswith(".chroot")], [])
