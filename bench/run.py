@@ -26,7 +26,6 @@ from bench.harness import Daemon, in_private_mounts, journaled, machine
 from bench.workloads import ALL, Metric, Workload
 from tests.interop import guest
 
-_UIDS = f"{guest.BUILD_USERS[0]}-{guest.BUILD_USERS[-1]}:{guest.BUILD_GROUP}"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guixd/bench"
 _Values = dict[str, dict[str, list[float]]]
 
@@ -50,12 +49,13 @@ def daemons(options: argparse.Namespace, place: Path) -> list[Daemon]:
     found = []
     if not options.alone:
         directory = place / "stock"
-        view = partial(guest.view, guest.root(), {str(directory): str(directory)})
+        binds = {str(directory): str(directory), **guest.with_own_users(place)}
+        view = partial(guest.view, guest.root(), binds)
         group = "--build-users-group=guixbuild"
         found.append(Daemon("guix-daemon", "guix-daemon --no-offload", group, directory, view))
     others = dict(each.split("=", 1) for each in options.against)
     for name, command in {"guixd": f"{sys.executable} -m guixd --no-offload", **others}.items():
-        found.append(Daemon(name, command, f"--build-uids={_UIDS}", place / name, list))
+        found.append(Daemon(name, command, f"--build-uids={guest.BUILD_UIDS}", place / name, list))
     return found
 
 

@@ -28,6 +28,10 @@ PACKAGES = (
 BUILD_USERS = range(30001, 30011)
 BUILD_GROUP = 30000
 PLAIN_USER = 31000
+# Who has a build user kills its processes, wherever: other ones in each process that tests.
+FIRST_UID = 2_000_000 + 16 * os.getpid()
+BUILD_UIDS = f"{FIRST_UID}-{FIRST_UID + len(BUILD_USERS) - 1}:{BUILD_GROUP}"
+"""The same for guixd's option `--build-uids`."""
 
 _VIEW = Path(__file__).with_name("view.py")
 
@@ -146,3 +150,15 @@ def view(
     pairs = [f"{source}:{place}" for place, source in binds.items()]
     enter = [sys.executable, "-I", "-S", str(_VIEW), str(base)]
     return [*enter, "-" if user is None else str(user), *pairs, "--", *command]
+
+
+def with_own_users(directory: Path) -> dict[str, str]:
+    """Return the bind that gives the guest's build users the ids from `FIRST_UID`.
+
+    :param directory: where to put the file that is bound.
+    """
+    passwd = (root() / "etc/passwd").read_text()
+    for number, uid in enumerate(BUILD_USERS):
+        passwd = passwd.replace(f":x:{uid}:", f":x:{FIRST_UID + number}:")
+    (directory / "passwd").write_text(passwd)
+    return {"/etc/passwd": str(directory / "passwd")}

@@ -6,7 +6,6 @@ be compared between daemons word by word; the directories behind them are a test
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -21,10 +20,6 @@ from tests.support import temporary_directory
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 CHECKOUT = Path(__file__).parents[2]
-# Who has a build user kills its processes, wherever: other ones in each test process.
-FIRST_UID = 2_000_000 + 16 * os.getpid()
-USERS = len(guest.BUILD_USERS)
-BUILD_UIDS = f"{FIRST_UID}-{FIRST_UID + USERS - 1}:{guest.BUILD_GROUP}"
 CLIENT_SECONDS = 60
 TOOLS = (
     "sh", "cat", "chmod", "cut", "dd", "echo", "env", "grep", "head", "id", "kill", "ln", "ls",
@@ -56,7 +51,7 @@ class Place:
             "/var/guix": str(self.directory / "state"),
             "/var/log/guix": str(self.directory / "log"),
         }
-        self._passwd()
+        self.guest_binds = guest.with_own_users(self.directory)
         self.names: dict[str, str] = {}
         (self.directory / "state/daemon-socket").mkdir()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -66,14 +61,6 @@ class Place:
         guest.BuildUsers.claim()
         case.addCleanup(guest.BuildUsers.release)
         case.addCleanup(self.stop)
-
-    def _passwd(self) -> None:
-        """Give the guest's build users the ids of this test process."""
-        passwd = (guest.root() / "etc/passwd").read_text()
-        for number, uid in enumerate(guest.BUILD_USERS):
-            passwd = passwd.replace(f":x:{uid}:", f":x:{FIRST_UID + number}:")
-        (self.directory / "passwd").write_text(passwd)
-        self.guest_binds = {"/etc/passwd": str(self.directory / "passwd")}
 
     def _tools(self) -> None:
         """Make the directory tree that builders have for their programs."""
@@ -92,7 +79,7 @@ class Place:
         assert name not in self._processes
         if daemon == GUIXD:
             base, binds = Path("/"), self.binds
-            command = [sys.executable, "-m", "guixd", f"--build-uids={BUILD_UIDS}"]
+            command = [sys.executable, "-m", "guixd", f"--build-uids={guest.BUILD_UIDS}"]
         else:
             base, binds = guest.root(), {**self.binds, **self.guest_binds}
             command = ["guix-daemon", "--build-users-group=guixbuild"]
