@@ -19,6 +19,7 @@ from guixd.store.schema import prepare, store_error
 _T = TypeVar("_T")
 _MAXIMUM_KNOWN = 1 << 16
 _MAXIMUM_INFOS = 1 << 14
+_MAXIMUM_IN_CLOSURES = 1 << 15
 _LONGEST_KNOWN = 1024  # longer ones can hardly be valid, and clients may ask for many
 _CHECKPOINT_PAGES = 4000
 
@@ -46,6 +47,8 @@ class Database(Queries):
         self._copied_pages = 0
         self._known: dict[str, int] = {}  # row numbers; 0 for what is not valid
         self._infos: dict[str, PathInfo] = {}
+        self._closures: dict[frozenset[StorePath], frozenset[StorePath]] = {}
+        self._closure_room = _MAXIMUM_IN_CLOSURES
 
     def read_only_copy(self) -> Queries:
         """Open another connection, to read in a thread; the caller closes it there."""
@@ -132,10 +135,33 @@ class Database(Queries):
             self._remember(info)
         return info
 
+    def closure(self, paths: Iterable[StorePath]) -> frozenset[StorePath]:
+        """Return PATHS and all that they refer to, directly or not.
+
+        :raises PathNotValid: one of PATHS is not valid.
+        """
+        if self._mark.raw != self._seen:
+            self._forget()
+        wanted = frozenset(paths)
+        found = self._closures.get(wanted)
+        if found is None:
+            found = frozenset(super().closure(wanted))
+            if len(found) <= _MAXIMUM_IN_CLOSURES:
+                if len(found) > self._closure_room:
+                    self._forget_closures()
+                self._closure_room -= len(found)
+                self._closures[wanted] = found
+        return found
+
     def _forget(self) -> None:
         self._seen = self._mark.raw
         self._known.clear()
         self._infos.clear()
+        self._forget_closures()
+
+    def _forget_closures(self) -> None:
+        self._closures.clear()
+        self._closure_room = _MAXIMUM_IN_CLOSURES
 
     def _row(self, path: str) -> int:
         """Return the row number of PATH, 0 if it is not valid."""
@@ -251,6 +277,8 @@ class Database(Queries):
         for path, row in rows.items():
             self._know(path, row)
             self._infos.pop(path, None)
+        if len(fresh) < len(items):  # only new items are in no closure yet
+            self._forget_closures()
         for item in fresh:
             references = tuple(sorted(item.references))
             self._remember(
@@ -343,6 +371,7 @@ class Database(Queries):
         self._write(lambda: self._invalidate(path))
         self._know(path, 0)
         self._infos.pop(path, None)
+        self._forget_closures()
 
     def _invalidate(self, path: StorePath) -> None:
         for referrer in self.referrers(path):

@@ -132,7 +132,7 @@ class LocalStore:
         """Whether PATH is a valid item."""
         return self.database.is_valid(path)
 
-    def closure(self, paths: Iterable[StorePath]) -> set[StorePath]:
+    def closure(self, paths: Iterable[StorePath]) -> frozenset[StorePath]:
         """Return PATHS and all that they refer to.
 
         :raises PathNotValid: one of PATHS is not valid.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from guixd.errors import BadHash, PathNotValid, StoreError
@@ -151,7 +152,7 @@ class Queries:
         )
         return StorePath(rows[0][0]) if rows and rows[0][0].startswith(prefix) else None
 
-    def closure(self, paths: Iterable[StorePath]) -> set[StorePath]:
+    def closure(self, paths: Iterable[StorePath]) -> AbstractSet[StorePath]:
         """Return PATHS and all that they refer to, directly or not.
 
         :raises PathNotValid: one of PATHS is not valid.

@@ -368,6 +368,35 @@ class QueryTests(Case):
         self.assertEqual(self.database.closure([]), set())
         self.assertRaises(PathNotValid, self.database.closure, [item("a"), item("x")])
 
+    def test_closure_again(self) -> None:
+        """Closures are right after each change: by us, by others, of what is valid."""
+        database = self.database
+        for name, *references in ("a",), ("b", "a"), ("c",):
+            self.add(name, *references)
+        for _ in range(2):
+            self.assertEqual(database.closure([item("b")]), {item("a"), item("b")})
+        self.add("d", "b")
+        self.assertEqual(database.closure([item("d")]), set(map(item, "abd")))
+        self.add("b", "c")
+        self.assertEqual(database.closure([item("b")]), set(map(item, "abc")))
+        self.assertEqual(database.closure([item("d")]), set(map(item, "abcd")))
+        database.invalidate(item("d"))
+        self.assertRaises(PathNotValid, database.closure, [item("d")])
+        self.foreign("DELETE FROM Refs")
+        self.assertEqual(database.closure([item("b")]), {item("b")})
+
+    def test_large_closures(self) -> None:
+        """What is remembered of closures has a bound."""
+        self.patch(database_module, "_MAXIMUM_IN_CLOSURES", 3)
+        database = self.open()
+        for name, *references in ("a",), ("b", "a"), ("c", "b"), ("d", "c"):
+            database.register([registration(name, *references)])
+        for name in "abcdabcd":
+            self.assertEqual(len(database.closure([item(name)])), "abcd".index(name) + 1)
+            kept = sum(map(len, database._closures.values()))
+            self.assertLessEqual(kept, 3)
+        self.assertIn(frozenset([item("c")]), database._closures)
+
     def test_deep_closure(self) -> None:
         """S12: a chain of thousands."""
         batch = [registration("0")] + [registration(str(n), str(n - 1)) for n in range(1, 3000)]
