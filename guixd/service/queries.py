@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from guixd.formats import operations as op
 from guixd.formats.operations import encode_reply
@@ -14,6 +15,9 @@ from guixd.store.queries import Queries
 BUILTIN_BUILDERS = ("download", "git-download")
 MOST_ENCODED = 4096
 """How many encoded replies are kept."""
+MOST_ASKED = 20_000
+"""How many paths of one request are looked up in the reactor's thread."""
+ASKED_AT_ONCE = 4096
 _TRUE, _FALSE = FLAG.encode(True), FLAG.encode(False)
 
 
@@ -30,8 +34,30 @@ def quick_is_valid(session: Session, request: op.IsValidPath) -> bytes:
     return _TRUE if is_valid(session, request) else _FALSE
 
 
-def valid_paths(session: Session, request: op.QueryValidPaths) -> Iterable[StorePath]:
+def valid_paths(
+    session: Session, request: op.QueryValidPaths
+) -> Iterable[StorePath] | Coroutine[Any, Any, Encoded]:
+    if len(request.paths) > MOST_ASKED:
+        return _many_valid_paths(session, request)
     return session.store.database.valid_in_order(request.paths)  # sorted already
+
+
+async def _many_valid_paths(session: Session, request: op.QueryValidPaths) -> Encoded:
+    return await session.daemon.threads(_read_valid, request, session.store.database.read_only_copy)
+
+
+def _read_valid(request: op.QueryValidPaths, connect: Callable[[], Queries]) -> Encoded:
+    """Look all paths up and encode the reply, in a thread, where nothing may take long at once."""
+    valid: list[StorePath] = []
+    queries = connect()
+    try:
+        for start in range(0, len(request.paths), ASKED_AT_ONCE):
+            paths = request.paths[start : start + ASKED_AT_ONCE]
+            found = queries.valid_paths(paths)
+            valid += [path for path in paths if path in found]
+        return Encoded(encode_reply(request, tuple(valid)))
+    finally:
+        queries.close()
 
 
 async def all_valid_paths(session: Session, request: op.QueryAllValidPaths) -> Encoded:

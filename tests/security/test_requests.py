@@ -7,7 +7,9 @@ import os
 import resource
 import struct
 import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 from twisted.internet.defer import gatherResults
 from twisted.internet.protocol import Factory
@@ -17,6 +19,8 @@ from guixd.formats import operations as op
 from guixd.formats.messages import LAST, Failed, Greeting
 from guixd.formats.nar import nar_of_file
 from guixd.formats.wire import encode_int, encode_string
+from guixd.service import queries
+from guixd.store.queries import Queries
 from tests.archives import File, Link, archive, directory, entry, words
 from tests.service.world import DaemonCase, EndpointAs, RawClient, messages, set_options
 from tests.support import requires_root
@@ -346,3 +350,25 @@ class FullDiskTests(HostileCase):
         os.unlink(filler)
         path = await client.add_text("after", b"x" * 10_000)
         self.assertEqual(await client.valid_paths([item, path]), tuple(sorted([item, path])))
+
+
+class LongListTests(HostileCase):
+    async def test_many_paths(self) -> None:
+        """P11: a question about very many paths is answered rightly, and delays nobody."""
+        bystander = await self.begin()
+        client = await self.client()
+        valid = [await client.add_text(name, b"x") for name in ("a", "b", "c")]
+        asked = [self.store.child(f"{n:032}-x") for n in range(queries.MOST_ASKED)] + valid
+        looked: list[threading.Thread] = []
+        look = Queries.valid_paths
+
+        def note(self: Queries, paths: Any) -> Any:
+            looked.append(threading.current_thread())
+            return look(self, paths)
+
+        self.patch(Queries, "valid_paths", note)
+        answer = client.valid_paths(asked)
+        self.assertTrue(await bystander.is_valid_path(valid[0]))
+        self.assertEqual(await answer, tuple(sorted(valid)))
+        self.assertGreater(len(looked), 2)
+        self.assertNotIn(threading.main_thread(), looked)
