@@ -25,10 +25,14 @@ FIRST = FIRST_UID + 8
 """Of the build users here; other modules use the numbers before it."""
 
 
-def mounts() -> list[str]:
-    """Return what is mounted, without numbers that change."""
+def mounts(directory: str) -> list[str]:
+    """Return what is mounted, without numbers that change and the mounts of other tests.
+
+    :param directory: the running test's own.
+    """
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line.split(" ", 3)[3] for line in lines]
+    ours = (line for line in lines if directory in line or "/guixd-test-" not in line)
+    return [line.split(" ", 3)[3] for line in ours]
 
 
 def processes_of(uids: range) -> list[str]:
@@ -52,7 +56,7 @@ class BuildCase(RealCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.mounts = mounts()
+        self.mounts = mounts(self.directory)
 
     def make(self, **options: Any) -> Any:
         self.shared = Path(self.directory, "shared")
@@ -97,7 +101,7 @@ class BuildCase(RealCase):
     async def nothing_left(self) -> None:
         """End the daemon and test that nothing of its builds is left but the store's items."""
         await self.daemon.stop()
-        self.assertEqual(mounts(), self.mounts)
+        self.assertEqual(mounts(self.directory), self.mounts)
         self.assertEqual(processes_of(range(FIRST, FIRST + self.users)), [])
         self.assertEqual(os.listdir(self.directory + "/tmp"), [])
         self.assertEqual([n for n in os.listdir(self.store.path) if n.endswith(".chroot")], [])
@@ -326,7 +330,7 @@ class SmallDiskTests(BuildCase):
         await self.daemon.stop()
         subprocess.run(size, check=True)
         self.addCleanup(subprocess.run, ["umount", self.store.path], check=True)
-        self.mounts = mounts()
+        self.mounts = mounts(self.directory)
         self.shared.rmdir()
         self.daemon = self.make(**self.options)
         self.daemon.start()

@@ -79,7 +79,8 @@ class Program:
             answer = b""
             while LAST not in answer:
                 part = client.recv(100)
-                assert part, answer
+                if not part:  # pytest would cut the text of an assert
+                    raise AssertionError(answer)
                 answer += part
             assert answer.startswith(ANSWER), answer
 
