@@ -6,11 +6,16 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
+from twisted.internet.task import deferLater
+
 from guixd.build.request import BuildMode, BuildRequest, Wanted
 from guixd.errors import BuildError, NotAllowed, NotInStore
 from guixd.formats import operations as op
 from guixd.formats.path import HASH_LENGTH, StoreDirectory
 from guixd.service.session import Handlers, QuietError, Session
+
+READ_AT_ONCE = 10_000
+"""How many items of a request are read before others have their turn."""
 
 
 def wanted(store: StoreDirectory, item: str) -> Wanted:
@@ -41,8 +46,12 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
         # The administrator's rounds are not effective yet; who asks for some is refused.
         options = replace(options, rounds=1)
     directory = session.store.directory
-    items = tuple(wanted(directory, item) for item in request.items)
-    await session.daemon.build(BuildRequest(items, mode, options, session.roots), session)
+    items: list[Wanted] = []
+    for item in request.items:
+        items.append(wanted(directory, item))
+        if len(items) % READ_AT_ONCE == 0:
+            await deferLater(session.daemon.reactor, 0)  # others shall have their turn
+    await session.daemon.build(BuildRequest(tuple(items), mode, options, session.roots), session)
 
 
 def ensure(session: Session, request: op.EnsurePath) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from twisted.internet.task import deferLater
+
 from guixd.build.request import Level
 from guixd.errors import BadSetting, Busy, NotInStore, UnsupportedOperation
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
 from guixd.store.locks import FileLock
+
+CLEARED_AT_ONCE = 500
+"""How many failures are forgotten in one transaction."""
 
 
 def set_options(session: Session, request: op.SetOptions) -> None:
@@ -48,8 +55,12 @@ async def find_roots(session: Session, _request: op.FindRoots) -> tuple[tuple[st
     return roots
 
 
-def clear_failed_paths(session: Session, request: op.ClearFailedPaths) -> None:
-    session.store.database.clear_failed(request.paths)
+async def clear_failed_paths(session: Session, request: op.ClearFailedPaths) -> None:
+    for start in range(0, len(request.paths), CLEARED_AT_ONCE):
+        if start:
+            await deferLater(session.daemon.reactor, 0)  # others shall have their turn
+        words = request.paths[start : start + CLEARED_AT_ONCE]
+        await session.when_free(partial(session.store.database.clear_failed, words))
 
 
 def not_yet(_session: Session, request: object) -> None:

@@ -19,7 +19,7 @@ from guixd.formats import operations as op
 from guixd.formats.messages import LAST, Failed, Greeting
 from guixd.formats.nar import nar_of_file
 from guixd.formats.wire import encode_int, encode_string
-from guixd.service import queries
+from guixd.service import changes, queries
 from guixd.store.queries import Queries
 from tests.archives import File, Link, archive, directory, entry, words
 from tests.service.world import DaemonCase, EndpointAs, RawClient, messages, set_options
@@ -372,3 +372,19 @@ class LongListTests(HostileCase):
         self.assertEqual(await answer, tuple(sorted(valid)))
         self.assertGreater(len(looked), 2)
         self.assertNotIn(threading.main_thread(), looked)
+
+    async def test_many_failures(self) -> None:
+        """S33: very many failures are forgotten in several steps, between which others come."""
+        bystander = await self.begin()
+        client = await self.client()
+        failed = self.path("failed")
+        store = self.daemon.service.daemon._store
+        store.database.add_failed([failed])
+        clear, steps = store.database.clear_failed, []
+        self.patch(store.database, "clear_failed", lambda w: (steps.append(len(w)), clear(w)))
+        words = [f"{n}" for n in range(3 * changes.CLEARED_AT_ONCE)] + [failed]
+        clearing = client.call(op.ClearFailedPaths(tuple(words)))
+        self.assertEqual(await client.failed_paths(), ())
+        await clearing
+        self.assertEqual(steps, [changes.CLEARED_AT_ONCE] * 3 + [1])
+        await self.unharmed(bystander)
