@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import warnings  # noqa: F401 (os.execvp wants it when Python's own files are out of sight)
 from typing import NoReturn
 
 _NEWNS, _NEWNET = 0x00020000, 0x40000000
