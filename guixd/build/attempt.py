@@ -285,8 +285,8 @@ class Attempt:
         """Return the closure of all that the builder may use."""
         roots = set(self._drv.sources)
         for path, names in self._drv.inputs.items():
-            outputs = self._shop.store.read_derivation(path).outputs
-            roots.update(outputs[name].path for name in names)
+            outputs = self._shop.store.derivation_outputs(path)
+            roots.update(outputs[name] for name in names)
         return frozenset(self._shop.store.database.closure(roots))
 
     def _graphs(self) -> dict[str, str]:

@@ -114,7 +114,10 @@ class Planner:
             goal = self.goals[path] = Goal(path, None, missing=True, error=error)
             return goal
         try:
-            drv = self._store.read_derivation(path)
+            if self._store.takes_long_to_read(path):
+                drv = await self._threads(self._store.load_derivation, path)
+            else:
+                drv = self._store.read_derivation(path)
         except (GuixdError, OSError) as failure:
             goal = self.goals[path] = Goal(path, None, error=result_of(failure).text)
             return goal
@@ -136,8 +139,10 @@ class Planner:
             if needed is not None:
                 goal.pending += 1
                 needed.dependents.append(goal)
-            drv = needed.drv if needed is not None else self._store.read_derivation(path)
-            unknown = [] if drv is None else sorted(set(names) - set(drv.outputs))
+            if needed is None:
+                unknown = sorted(set(names) - set(self._store.derivation_outputs(path)))
+            else:
+                unknown = sorted(set(names) - set(needed.drv.outputs)) if needed.drv else []
             if unknown:
                 goal.error = (
                     f"derivation `{goal.path}' uses the output `{unknown[0]}' of `{path}',"

@@ -12,18 +12,19 @@ import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
 from guixd.formats import derivation
-from guixd.formats.derivation import MAXIMUM_SIZE, Derivation, HashCache
+from guixd.formats.derivation import Derivation, HashCache
 from guixd.formats.nar import file_size, nar_of_file
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.settings import Directories
 from guixd.store import layout, roots
 from guixd.store.addition import Addition
 from guixd.store.database import Database
+from guixd.store.derivations import Derivations, Read, Sparingly, TooMany, contents
 from guixd.store.items import Registration
 from guixd.store.locks import FileLock, PathLocks
 from guixd.store.queries import Queries
@@ -32,12 +33,8 @@ from guixd.store.roots import TempRoots
 
 INLINE_TEXT = 256 << 10
 """Up to this size in bytes a text is added in the reactor's thread."""
-_MOST_READS = 200
-_COST_OF_READING = 10
-_MOST_DERIVATIONS = 4096
 _MOST_HASHES = 1 << 16
 _numbers = itertools.count(1)
-_Read = Callable[[StorePath], Derivation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,7 @@ class LocalStore:
         self._own_roots: TempRoots | None = None
         self._free_names: list[str] = []
         self._staged: set[str] = set()
-        self._derivations: dict[StorePath, Derivation] = {}
+        self._derivations = Derivations(self.directory)
         self._hashes: dict[StorePath, bytes] = {}
 
     def open(self) -> None:
@@ -148,26 +145,28 @@ class LocalStore:
         """
         if not self.database.is_valid(path):
             raise PathNotValid(f"path '{path}' is not valid")
-        return self._read(path)
+        return self._derivations.read(path)
 
-    def _read(self, path: StorePath) -> Derivation:
-        drv = self._derivations.get(path)
-        if drv is None:
-            drv = derivation.parse(_contents(path), self.directory, path)
-            self._remember(path, drv)
-        return drv
+    def load_derivation(self, path: StorePath) -> Derivation:
+        """Return the derivation PATH, which is known to be valid; may be called in a thread.
 
-    def _remember(self, path: StorePath, drv: Derivation) -> None:
-        # The name of a derivation is a hash of its contents, so nothing gets stale.
-        if len(self._derivations) >= _MOST_DERIVATIONS:
-            self._derivations.clear()
-        self._derivations[path] = drv
+        What is raised is as in `read_derivation`.
+        """
+        return self._derivations.read(path)
 
-    def log_path(self, drv: StorePath, compression: str = "gzip") -> str:
-        """Return the name of the build log of DRV (spec: store §1)."""
-        suffix = {"gzip": ".gz", "bzip2": ".bz2"}.get(compression, "")
-        base = drv.base
-        return f"{self.directories.log}/drvs/{base[:2]}/{base[2:]}{suffix}"
+    def takes_long_to_read(self, path: StorePath) -> bool:
+        """Whether `read_derivation` would keep the reactor for long."""
+        return self._derivations.takes_long(path)
+
+    def derivation_outputs(self, path: StorePath) -> Mapping[str, StorePath]:
+        """Return the outputs of the valid derivation PATH by name, without reading it.
+
+        :raises PathNotValid: it is not valid.
+        """
+        drv = self._derivations.known(path)
+        if drv is None or not self.database.is_valid(path):
+            return self.database.derivation_outputs(path)
+        return {name: output.path for name, output in drv.outputs.items()}
 
     # --- roots ------------------------------------------------------------------
 
@@ -177,8 +176,6 @@ class LocalStore:
         session = TempRoots(file, self.gc_lock_file, self._sessions.discard)
         self._sessions.add(session)
         return session
-
-    new_roots = temp_roots
 
     def protected(self, but: TempRoots | None = None) -> set[StorePath]:
         """Return all temporary roots of this process, without those of the session BUT."""
@@ -203,10 +200,6 @@ class LocalStore:
         finally:
             queries.close()
         return tuple(found.items())
-
-    def sync_with_gc(self) -> None:
-        """Wait until no collection runs (op 13); for a thread."""
-        roots.sync_with_gc(self.gc_lock_file)
 
     def ensure_user_directory(self, user: int | str) -> str | None:
         """Make the profile directory of USER, a uid or a name (spec: store §14).
@@ -253,7 +246,7 @@ class LocalStore:
         session.add(path)
         try:
             return self._add_text(path, text, references, sparing=True)
-        except _TooMany:
+        except TooMany:
             return None
 
     def _add_text(
@@ -261,9 +254,9 @@ class LocalStore:
     ) -> StorePath:
         if path.is_derivation:
             if not self.database.is_valid(path):
-                read: _Read = self._read_input
+                read: Read = self._read_input
                 if sparing:
-                    read = _Sparingly(read, self._derivations)
+                    read = Sparingly(read, self._derivations)
                 self._commit_text(self._prepare_text(path, text, references, read))
         # The database need not be asked about others: files of valid items are there already.
         elif not (self.database.is_known_valid if self._alone else self.database.is_valid)(path):
@@ -293,7 +286,7 @@ class LocalStore:
         return prepared.item.path
 
     def _prepare_text(
-        self, path: StorePath, text: bytes, references: Collection[StorePath], read: _Read
+        self, path: StorePath, text: bytes, references: Collection[StorePath], read: Read
     ) -> PreparedText:
         drv = None
         if path.is_derivation:
@@ -318,7 +311,7 @@ class LocalStore:
         finally:
             self._admit(locks, done)
         if drv is not None:
-            self._remember(path, drv)
+            self._derivations.remember(path, drv, item.nar_size)
 
     def _exclude(self, path: StorePath) -> PathLocks | None:
         """Keep everybody else from making PATH, until `_admit`, which must follow soon.
@@ -395,7 +388,7 @@ class LocalStore:
         finally:
             queries.close()
 
-    def _read_addition(self, addition: Addition, read: _Read) -> Derivation:
+    def _read_addition(self, addition: Addition, read: Read) -> Derivation:
         path = addition.result()
         text = addition.derivation_text
         if text is None:
@@ -421,7 +414,7 @@ class LocalStore:
         finally:
             self._admit(locks, done)
         if drv is not None:
-            self._remember(path, drv)
+            self._derivations.remember(path, drv, item.nar_size)
 
     def is_left(self, addition: Addition) -> bool:
         """Whether something of ADDITION waits for `discard_addition`."""
@@ -444,7 +437,7 @@ class LocalStore:
         :raises ReferencesCycle: items refer to each other in a circle.
         """
         texts = {
-            item.path: derivation.parse(_contents(item.path), self.directory, item.path)
+            item.path: derivation.parse(contents(item.path), self.directory, item.path)
             for item in items
             if item.path.is_derivation
         }
@@ -456,15 +449,9 @@ class LocalStore:
             if item.path.is_derivation:
                 self._check(texts[item.path], item.path, item.references, read)
         self.database.register(items, texts)
-        for path, drv in texts.items():
-            self._remember(path, drv)
-
-    def delete_invalid(self, path: StorePath) -> None:
-        """Remove what lies at PATH, which must not be valid; may take long, for a thread.
-
-        :raises StoreError: it could not be removed.
-        """
-        remove_path(path)
+        for item in items:
+            if item.path in texts:
+                self._derivations.remember(item.path, texts[item.path], item.nar_size)
 
     def invalidate(self, path: StorePath) -> None:
         """Make PATH invalid; its files stay.
@@ -472,7 +459,7 @@ class LocalStore:
         :raises StoreError: "in use by" another valid item.
         """
         self.database.invalidate(path)
-        self._derivations.pop(path, None)
+        self._derivations.forget(path)
         self._hashes.pop(path, None)
 
     def _check(
@@ -480,7 +467,7 @@ class LocalStore:
         drv: Derivation,
         path: StorePath,
         references: Collection[StorePath],
-        read: _Read,
+        read: Read,
     ) -> None:
         if len(self._hashes) > _MOST_HASHES:
             self._hashes.clear()
@@ -491,7 +478,7 @@ class LocalStore:
         # What is remembered of it must be true, so an invalid leftover must not be read.
         if not (queries or self.database).is_valid(path):
             raise PathNotValid(f"the input derivation '{path}' is not valid")
-        return self._read(path)
+        return self._derivations.read(path)
 
     def _staging_name(self) -> str:
         if self._free_names:
@@ -500,25 +487,6 @@ class LocalStore:
         name = self.directory.child(_unused_name(self.directory.path))
         self._own_roots.add(name)
         return name
-
-
-class _TooMany(Exception):
-    pass
-
-
-class _Sparingly:
-    """Gives some derivations, but not so many that it takes long."""
-
-    def __init__(self, read: _Read, known: Container[StorePath]) -> None:
-        self._read = read
-        self._known = known
-        self._left = _MOST_READS
-
-    def __call__(self, path: StorePath) -> Derivation:
-        self._left -= 1 if path in self._known else _COST_OF_READING
-        if self._left < 0:
-            raise _TooMany
-        return self._read(path)
 
 
 def _unused_name(store: str) -> str:
@@ -578,15 +546,3 @@ def _clear(path: StorePath) -> None:
         # Removing a tree can take long.  Under its new name a collector removes it.
         store = os.path.dirname(path)
         os.rename(path, f"{store}/{_unused_name(store)}")
-
-
-def _contents(path: StorePath) -> bytes:
-    """Read the file of a derivation, which must be a regular one."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return os.read(fd, MAXIMUM_SIZE + 1)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise StoreError(f"cannot read '{path}': {error.strerror}") from error

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from guixd.formats.path import StorePath
 from guixd.service.builder import SandboxBuilder
 from guixd.service.daemon import Daemon
 from guixd.settings import UidRange, this_system
+from guixd.store.derivations import Derivations
 from guixd.store.local import LocalStore
 from guixd.testing import FakeLauncher, FakeProcess, TemporaryDaemon
 from tests.service.world import DaemonCase, set_options
@@ -231,6 +233,25 @@ class RoundsTests(PlayedCase):
         drv, _ = await self.derive(client, "y", "true")
         error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
         self.assertIn("not supported", error.text)
+
+
+class LargeTests(PlayedCase):
+    async def test_large_derivation(self) -> None:
+        """S34: a derivation that is too large for the memory is not read by the reactor."""
+        client = await self.client()
+        drv, out = await self.derive(client, "x", "true #" + "x" * (5 << 20))
+        readers: list[threading.Thread] = []
+        load = Derivations._load
+
+        def note(self: Derivations, path: StorePath) -> Derivation:
+            readers.append(threading.current_thread())
+            return load(self, path)
+
+        self.patch(Derivations, "_load", note)
+        await client.build_paths([drv])
+        self.assertEqual(Path(out).read_text(), "made\n")
+        self.assertGreater(len(readers), 0)
+        self.assertNotIn(threading.main_thread(), readers)
 
 
 @requires_root
