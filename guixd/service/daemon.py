@@ -83,11 +83,14 @@ class Daemon:
         while True:
             await deferLater(self.reactor, STORE_RETRY)
             try:
-                return self._session(connection, greeting)
+                return self._session(connection, greeting, told=True)
             except Busy:
                 pass
 
-    def _session(self, connection: Connection, greeting: Greeting) -> Session:
+    def _session(
+        self, connection: Connection, greeting: Greeting, *, told: bool = False
+    ) -> Session:
+        """Begin a session; TOLD says that the client has got the only line it may get now."""
         try:
             store = self._open_store(greeting.reserve_space)
             session = Session(self, store, connection, HANDLERS, QUICK)
@@ -102,7 +105,7 @@ class Daemon:
         if self._users.get(peer.uid, now) <= now:
             self._users[peer.uid] = now + USER_CHECK
             problem = store.ensure_user_directory(peer.uid)
-            if problem:
+            if problem and not told:
                 connection.next(f"{problem}\n".encode("utf-8", "surrogateescape"))
         return session
 

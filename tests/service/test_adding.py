@@ -25,6 +25,7 @@ from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
 from guixd.formats.wire import encode_int, encode_string
 from guixd.service import adding
+from guixd.store.local import LocalStore
 from tests.service.world import DaemonCase, set_options
 from tests.support import requires_root
 
@@ -355,7 +356,8 @@ class BusyTests(AddingCase):
         self.assertTrue(await client.is_valid_path(path))
 
     async def test_store(self) -> None:
-        """While another process has the whole store, clients wait for the end of the handshake."""
+        """P34: while another process has the whole store, the handshake waits, with one line."""
+        self.patch(LocalStore, "ensure_user_directory", lambda *_: "a second line")
         os.makedirs(self.directory + "/var/db")
         holder = await self.hold(self.directory + "/var/db/big-lock")
         waiting = await self.raw()
@@ -363,6 +365,9 @@ class BusyTests(AddingCase):
         self.assertNotIn(LAST, waiting.data)
         holder.stdin.close()
         await waiting.received(LAST)
+        self.assertNotIn(b"a second line", waiting.data)
+        later = await self.raw()
+        await later.received(LAST)
 
     async def test_leaving(self) -> None:
         """A client that waits for a lock can leave."""
