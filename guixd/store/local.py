@@ -28,7 +28,6 @@ from guixd.store.derivations import Derivations, Read, Sparingly, TooMany, conte
 from guixd.store.items import Registration
 from guixd.store.locks import FileLock, PathLocks
 from guixd.store.queries import Queries
-from guixd.store.removal import remove_path
 from guixd.store.roots import TempRoots
 
 INLINE_TEXT = 256 << 10

@@ -16,7 +16,7 @@ from guixd.formats.hashes import to_base32
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.locks import FileLock, lock_descriptor
 
-__all__ = ["Busy", "TempRoots", "add_indirect_root", "canonical", "find_roots", "sync_with_gc"]
+__all__ = ["Busy", "TempRoots", "add_indirect_root", "canonical", "find_roots"]
 
 _BUSY = "a garbage collection is running"
 _IGNORED = (EACCES, ENOENT, ENOTDIR)
@@ -249,12 +249,3 @@ class _Finder:
             self.roots[link] = item
         else:
             self._report(f"skipping invalid root from '{link}' to '{item}'")
-
-
-def sync_with_gc(gc_lock: str) -> None:
-    """Wait until no collection runs; for a thread (op 13)."""
-    lock = FileLock(gc_lock)
-    try:
-        lock.acquire(exclusive=False, wait=True)
-    finally:
-        lock.close()

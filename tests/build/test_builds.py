@@ -16,6 +16,7 @@ from twisted.internet.defer import CancelledError, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessValue
 
+from guixd.build.logs import log_file
 from guixd.errors import BuildError
 from guixd.formats.hashes import to_base32
 from guixd.formats.nar import nar_of_file
@@ -529,7 +530,7 @@ class LogTests(TestCase):
             )
             observer = Recorder()
             await world.build(drv, observer=observer)
-            path = world.store.log_path(drv, compression)
+            path = log_file(world.settings.directories.log, drv, compression)
             self.assertIn(f" {path} ", observer.traces[0])
             with read(path, "rb") as file:  # type: ignore[operator]
                 self.assertEqual(file.read().decode(), observer.text)
@@ -548,7 +549,7 @@ class LogTests(TestCase):
         drv = world.derive("log", "echo early; sleep 1000")
         building = world.build(drv, observer=observer)
         await observer.seen("early\n")
-        path = world.store.log_path(drv)
+        path = log_file(world.settings.directories.log, drv, "gzip")
         zcat = 'until zcat "$1" 2>/dev/null | grep -q early; do sleep 0.1; done'
         self.assertEqual(await getProcessValue("/bin/sh", ["-c", zcat, "sh", path]), 0)
         building.cancel()

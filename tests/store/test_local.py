@@ -24,7 +24,7 @@ from guixd.errors import (
 )
 from guixd.formats.derivation import Derivation, Output, compute_output_paths, serialise
 from guixd.formats.nar import nar_of_file
-from guixd.formats.path import StoreDirectory, StorePath
+from guixd.formats.path import StorePath
 from guixd.settings import Directories
 from guixd.store import layout
 from guixd.store.items import Registration
@@ -636,14 +636,6 @@ class RegisterTests(Case):
         )
         self.assertEqual(self.store.database.all_valid_paths(), [])
 
-    def test_delete_invalid(self) -> None:
-        """S5: trees that never became valid are removed."""
-        path = self.store.directory.child("x")
-        os.makedirs(path + "/a/b")
-        self.store.delete_invalid(path)
-        self.store.delete_invalid(path)
-        self.assertEqual(self.leftovers(), [])
-
 
 class OtherTests(Case):
     """Roots, users, logs."""
@@ -657,7 +649,6 @@ class OtherTests(Case):
         self.assertEqual(self.store.find_roots(), ((link, path),))
         self.roots.close()
         self.assertEqual(self.store.protected(), set())
-        self.store.sync_with_gc()
 
     def test_session_files(self) -> None:
         """G2: two sessions have files of their own."""
@@ -665,13 +656,6 @@ class OtherTests(Case):
         self.assertEqual(len(names), 3)
         for name in names:
             self.assertTrue(os.path.basename(name).startswith(f"{os.getpid()}-"))
-
-    def test_log_path(self) -> None:
-        """S4: where the log of a derivation lies."""
-        drv = StoreDirectory(self.directories.store).child("abcdef-x.drv")
-        self.assertEqual(self.store.log_path(drv), self.base + "/log/drvs/ab/cdef-x.drv.gz")
-        self.assertTrue(self.store.log_path(drv, "bzip2").endswith("x.drv.bz2"))
-        self.assertTrue(self.store.log_path(drv, "none").endswith("x.drv"))
 
     def test_user_directory(self) -> None:
         """S32: made for who is known; what exists is left alone."""

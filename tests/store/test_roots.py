@@ -16,7 +16,6 @@ from guixd.store.roots import (
     add_indirect_root,
     canonical,
     find_roots,
-    sync_with_gc,
 )
 from tests.store.holder import Holder
 from tests.support import temporary_directory
@@ -111,18 +110,6 @@ class TempRootTests(SynchronousTestCase):
         self.assertEqual(holder.ask("write", self.file), "no")
         self.roots.close()
         self.assertEqual(holder.ask("write", self.file), "yes")
-
-    def test_sync(self) -> None:
-        """G19: waits for the end of a collection."""
-        holder = Holder(self)
-        holder.ask("write", self.gc_lock)
-        waiter = threading.Thread(target=sync_with_gc, args=(self.gc_lock,))
-        waiter.start()
-        self.assertTrue(waiter.is_alive())
-        holder.ask("drop", self.gc_lock)
-        waiter.join(30)
-        self.assertFalse(waiter.is_alive())
-        self.assertEqual(holder.ask("write", self.gc_lock), "yes")
 
 
 class PermanentRootTests(SynchronousTestCase):
