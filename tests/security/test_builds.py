@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.support import requires_root
 FOREIGNER = 61998
 FIRST = FIRST_UID + 8
 """Of the build users here; other modules use the numbers before it."""
+PIPES = ("begun", "other", "go", "end", "never")
+"""By which the builders and the tests wait for each other."""
 
 
 def mounts(directory: str) -> list[str]:
@@ -62,6 +65,9 @@ class BuildCase(RealCase):
         self.shared = Path(self.directory, "shared")
         self.shared.mkdir()
         self.shared.chmod(0o777)
+        for name in PIPES:
+            os.mkfifo(self.shared / name)
+            self.shared.joinpath(name).chmod(0o666)
         return super().make(
             build_uids=UidRange(FIRST, self.users, 64001),
             chroot_directories=(("/shared", str(self.shared)),),
@@ -78,19 +84,24 @@ class BuildCase(RealCase):
     ) -> tuple[StorePath, StorePath]:
         """Add a derivation that runs SCRIPT and has FIELDS; return it and its output.
 
-        In the script `b` is a program with the usual tools, and `await FILE` waits for
-        a file in the shared directory.
+        In the script `b` is a program with the usual tools, `await NAME` waits for `tell`,
+        and `: > /shared/NAME` for `told`.
         """
         script = (
             f"b={await self.tools(client)}/busybox;"
-            'await() { until $b test -e "/shared/$1"; do $b usleep 20000; done; };' + script
+            'await() { read line < "/shared/$1"; };' + script
         )
         return await self.derive(client, name, script, **fields)
 
-    async def appears(self, name: str) -> None:
-        """Wait until a builder has made NAME in the shared directory."""
-        watch = ["sh", "-c", 'until test -e "$1"; do sleep 0.02; done', "sh"]
-        await deferToThread(subprocess.run, [*watch, self.shared / name], check=True, timeout=30)
+    async def told(self, name: str) -> None:
+        """Wait until a builder opens the pipe NAME for writing."""
+        command = ["cat", str(self.shared / name)]
+        await deferToThread(subprocess.run, command, check=True, timeout=30)
+
+    async def tell(self, name: str) -> None:
+        """Let a builder that awaits NAME go on."""
+        command = ["sh", "-c", 'echo > "$1"', "sh", str(self.shared / name)]
+        await deferToThread(subprocess.run, command, check=True, timeout=30)
 
     async def fails_with(self, status: int, client: Client, drv: StorePath) -> str:
         """Build DRV, which must fail with STATUS; return the text."""
@@ -118,7 +129,7 @@ class SharingTests(BuildCase):
         for client in first, second:
             await client.set_options(set_options())
         building = first.build_paths([drv])
-        await self.appears("begun")
+        await self.told("begun")
         joined: Deferred[None] = Deferred()
 
         def note(data: bytes) -> None:
@@ -129,7 +140,7 @@ class SharingTests(BuildCase):
         second.log = note
         also = second.build_paths([drv])
         await joined
-        (self.shared / "go").touch()
+        await self.tell("go")
         await gatherResults([building, also])
         self.assertEqual(Path(out).read_text(), "x\n")
         texts = [b"".join(log) for log in logs]
@@ -144,19 +155,19 @@ class SharingTests(BuildCase):
         drv, out = await self.prepare(first, "s", ": > /shared/begun; await go; echo x > $out")
         other, other_out = await self.prepare(first, "t", ": > /shared/other; await never")
         lost = first.build_paths([drv])
-        await self.appears("begun")
+        await self.told("begun")
         joined: Deferred[None] = Deferred()
         second.log = lambda data: None if joined.called else joined.callback(None)
         await second.set_options(set_options())
         building = second.build_paths([drv])
         await joined
         given_up = third.build_paths([other])
-        await self.appears("other")
+        await self.told("other")
         for client, work in (first, lost), (third, given_up):
             closing = client.close()
             await self.assertFailure(work, Exception)
             await closing
-        (self.shared / "go").touch()
+        await self.tell("go")
         await building
         self.assertEqual(Path(out).read_text(), "x\n")
         self.assertFalse(os.path.exists(other_out))
@@ -188,7 +199,7 @@ class BadBuildTests(BuildCase):
             drv, out = await self.prepare(client, "x", ": > /shared/ran", builder=builder)
             await self.fails_with(100, client, drv)
             self.assertFalse(await client.is_valid_path(out))
-        self.assertEqual(os.listdir(self.shared), [])
+        self.assertEqual(sorted(os.listdir(self.shared)), sorted(PIPES))
         await self.nothing_left()
 
     async def test_platforms(self) -> None:
@@ -264,14 +275,14 @@ class HiddenTests(BuildCase):
         )
         drv, out = await self.prepare(client, "x", script)
         building = client.build_paths([drv])
-        await self.appears("begun")
+        await self.told("begun")
         tree, root = self.outside("x") + "/top", f"{drv}.chroot/top"
         inner = f"{root}{out}"
         for there in tree + "/p", inner + "/p":
             self.assertEqual(os.stat(there).st_mode & 0o7777, 0o4755)
         for path in tree, tree + "/p", root, inner, inner + "/p":
             self.assertFalse(self.reachable(path), path)
-        (self.shared / "go").touch()
+        await self.tell("go")
         error = await self.assertFailure(building, RequestFailed)  # $out is group-writable
         self.assertEqual(error.status, 1)
         self.assertFalse(os.path.exists(out))
@@ -305,9 +316,9 @@ class HiddenTests(BuildCase):
         drv, _ = await self.prepare(client, "x", script)
         before = os.stat("/etc/shadow")
         building = client.build_paths([drv])
-        await self.appears("begun")
+        await self.told("begun")
         self.assertFalse(self.reachable(self.outside("x") + "/top"))
-        (self.shared / "go").touch()
+        await self.tell("go")
         await self.assertFailure(building, RequestFailed)
         tree = self.outside("x")
         for name in "", "/p", "/d", "/l":
@@ -331,7 +342,7 @@ class SmallDiskTests(BuildCase):
         subprocess.run(size, check=True)
         self.addCleanup(subprocess.run, ["umount", self.store.path], check=True)
         self.mounts = mounts(self.directory)
-        self.shared.rmdir()
+        shutil.rmtree(self.shared)
         self.daemon = self.make(**self.options)
         self.daemon.start()
         self.addCleanup(self.daemon.stop)
@@ -340,11 +351,11 @@ class SmallDiskTests(BuildCase):
         script = ": > /shared/begun; await end; echo x > $out"
         fine, fine_out = await self.prepare(client, "y", script)
         also = other.build_paths([fine])
-        await self.appears("begun")
+        await self.told("begun")
         await self.fails_with(1, client, drv)
         self.assertFalse(await client.is_valid_path(out))
         os.unlink(out)  # left for inspection, as of any failed build
-        (self.shared / "end").touch()
+        await self.tell("end")
         await also
         self.assertEqual(Path(fine_out).read_text(), "x\n")
         await self.nothing_left()
@@ -401,7 +412,7 @@ class HostileOutputTests(BuildCase):
         client = await self.client()
         client.log = len  # keep none of it
         await client.set_options(set_options())
-        script = "$b yes | $b head -c 40000000; : > /shared/done; echo x > $out"
+        script = "$b yes | $b head -c 40000000; echo x > $out"
         drv, out = await self.prepare(client, "x", script)
         lazy = await self.raw(None, set_options(), op.BuildPaths((drv,)))
         lazy.transport.pauseProducing()
