@@ -143,6 +143,29 @@ class PlayedCase(RealCase):
         return drv
 
 
+class WantedTests(PlayedCase):
+    async def test_nothing_to_do(self) -> None:
+        """P16, P32, B1, B5: unknown outputs, absent paths and short names; what is valid."""
+        client = await self.client()
+        await client.set_options(set_options())
+        drv, out = await self.derive(client, "x", "true")
+        await client.build_paths([f"{drv}!nosuch"])
+        absent = self.path("absent")
+        await client.build_paths([absent])
+        for path in out, absent:
+            self.assertFalse(await client.is_valid_path(path))
+        for short in "x.drv", "x", "0" * 32, ".links":
+            text = await self.fails(client.build_paths([f"{self.store.path}/{short}"]))
+            self.assertIn("not in the store", text)
+        missing = self.path("absent.drv")
+        self.assertIn(missing, await self.fails(client.build_paths([missing])))
+        await client.build_paths([f"{drv}!out,nosuch"])
+        self.assertTrue(await client.is_valid_path(out))
+        self.log.clear()
+        await client.build_paths([drv, f"{drv}!out", out])
+        self.assertEqual(self.log, [])
+
+
 class NoLogTests(PlayedCase):
     options = {"keep_log": False}
 
