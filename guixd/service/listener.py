@@ -116,11 +116,16 @@ class Listener:
             connection = self._make(
                 self._hub, socket, self._factory, store=self._store, closed=self._closed
             )
-            self.connections.add(connection)
-            connection.start()
         except Exception:  # noqa: BLE001
             _log.failure("a client could not be served")
             socket.close()
+            return
+        self.connections.add(connection)
+        try:
+            connection.start()
+        except Exception:  # noqa: BLE001
+            _log.failure("a client could not be served")
+            connection.abort()
 
     def _closed(self, connection: Connection) -> None:
         self.connections.discard(connection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -116,6 +117,21 @@ class Listening(TestCase):
                 os.close(fd)
         waiting.settimeout(10)
         self.assertEqual(waiting.recv(100), ANSWER + LAST)
+
+    @asynchronous
+    async def test_cannot_start(self) -> None:
+        """A connection that fails at once is over; others are served, and all can end."""
+        start = Connection.start
+
+        def fail(connection: Connection) -> None:
+            self.patch(Connection, "start", start)
+            raise OSError(errno.EMFILE, "no descriptors")
+
+        self.patch(Connection, "start", fail)
+        await self.connect().rest()
+        self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
+        self.assertEqual(self.listener.connections, set())
+        await self.connect().read(GREETED)
 
     @asynchronous
     async def test_stop(self) -> None:
