@@ -116,9 +116,7 @@ class Addition:
                     self.nar_size = nar.file_size(self._file.size)
             self._writer.finish()
             digest = self.nar_hash if self._wanted is None else self._wanted.digest()
-            self._path = self._store.fixed_path(
-                self.name, self._algorithm, self._recursive, digest
-            )
+            self._path = self._store.fixed_path(self.name, self._algorithm, self._recursive, digest)
         except GuixdError as error:
             self._error = error
             self._writer.close()
