@@ -13,7 +13,7 @@ from guixd.service.session import Encoded, Handlers, QuickHandlers, Session
 from guixd.store.queries import Queries
 
 BUILTIN_BUILDERS = ("download", "git-download")
-MOST_ENCODED = 4096
+MOST_ENCODED = 16384
 """How many encoded replies are kept."""
 MOST_ASKED = 20_000
 """How many paths of one request are looked up in the reactor's thread."""
