@@ -408,14 +408,14 @@ class Database(Queries):
     def clear_failed(self, words: Iterable[str]) -> None:
         """Forget failures: of a path, of the outputs of a derivation, or all (`*`)."""
         statement = (
-            "DELETE FROM FailedPaths WHERE ?1 = '*' OR path = ?1 OR path IN"
+            "DELETE FROM FailedPaths WHERE :word = '*' OR path = :word OR path IN"
             " (SELECT o.path FROM DerivationOutputs AS o JOIN ValidPaths AS v"
-            " ON v.id = o.drv WHERE v.path = ?1)"
+            " ON v.id = o.drv WHERE v.path = :word)"
         )
-        entries = [(str(word),) for word in words if storable(word)]
+        entries = [{"word": str(word)} for word in words if storable(word)]
         self._write(lambda: self._many(statement, entries))
 
-    def _many(self, statement: str, entries: Iterable[tuple[object, ...]]) -> None:
+    def _many(self, statement: str, entries: Iterable[tuple[object, ...] | dict[str, str]]) -> None:
         self._writer.executemany(statement, entries)
 
 
