@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def has_user_namespaces() -> bool:
 
 requires_root = requires(is_root, "root")
 requires_user_namespaces = requires(has_user_namespaces, "unprivileged user namespaces")
+
+
+def open_files() -> int:
+    """Return how many descriptors this process has, without those of garbage."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def temporary_directory(case: SynchronousTestCase, *, world_readable: bool = False) -> str:

@@ -34,7 +34,7 @@ from tests.archives import (
     words,
     write_tree,
 )
-from tests.support import temporary_directory
+from tests.support import open_files, temporary_directory
 
 PART = "0123456789abcdfghijklmnpqrsvwxyz"
 
@@ -130,7 +130,7 @@ class RoundTripTests(DirectoryTestCase):
             os.close(fd)
             fd = inner
         os.close(fd)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         blocks: list[bytes] = []
         canonicalise(self.fd, "deep" * 5, None, set())
         size = dump(self.fd, "deep" * 5, lambda block: blocks.append(bytes(block)))
@@ -140,7 +140,7 @@ class RoundTripTests(DirectoryTestCase):
         remove_path(self.at("deep" * 5))
         remove_path(self.at("copy"))
         self.assertEqual(os.listdir(self.fd), [])
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(open_files(), before)
 
 
 class DumpTests(DirectoryTestCase):
@@ -187,7 +187,7 @@ class DumpTests(DirectoryTestCase):
         with open(self.at("f"), "wb") as file:  # noqa: PTH123
             file.truncate(size)
         blocks: list[int] = []
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
 
         class EnoughError(Exception):
             pass
@@ -201,7 +201,7 @@ class DumpTests(DirectoryTestCase):
 
         self.assertRaises(EnoughError, dump_path, self.at("f"), measure)
         self.assertLessEqual(max(blocks), 1 << 20)
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(open_files(), before)
 
     def test_hash_and_scan(self) -> None:
         """B24: one pass gives hash, size and what is in names, link targets and contents."""
@@ -284,14 +284,14 @@ class RestoreTests(DirectoryTestCase):
 
     def test_error_is_kept_until_the_end(self) -> None:
         """P14: the archive is read on after an error, and nothing stays open."""
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         writer = TreeWriter(self.fd, "missing/name")
         parser = NarParser(writer)
         data = archive({b"sub": VECTOR})
         self.assertEqual(parser.feed(data), len(data))
         self.assertTrue(parser.done)
         self.assertRaises(StoreError, writer.finish)
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(open_files(), before)
 
     def test_more_than_the_disk_holds(self) -> None:
         """N10: a file larger than the free space is refused before anything is written."""

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from guixd.errors import StoreError
 from guixd.store.trees import open_beneath, remove, remove_path, remove_small
 from tests.archives import File, Link, read_tree, write_tree
-from tests.support import requires_root, temporary_directory
+from tests.support import open_files, requires_root, temporary_directory
 
 _EXCHANGER = """
 import ctypes, os, sys
@@ -69,7 +69,7 @@ class RemoveTests(RemovalTestCase):
 
     def test_deep_and_wide(self) -> None:
         """A tree deeper than any limit on names or descriptors goes completely."""
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         fd = os.dup(self.fd)
         for level in range(600):
             os.mkdir("d" * 200, dir_fd=fd)
@@ -84,7 +84,7 @@ class RemoveTests(RemovalTestCase):
         for number in range(20):
             remove(self.fd, f"f{number}")
         self.assertEqual(os.listdir(self.fd), [])
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(open_files(), before)
 
     def test_exchanged_while_removing(self) -> None:
         """CVE-2025-46415: whoever exchanges a directory and a link leads nobody astray."""
@@ -218,7 +218,7 @@ class OpenBeneathTests(RemovalTestCase):
         root = os.open(self.at("root"), os.O_RDONLY)
         self.addCleanup(os.close, root)
         expected = os.stat(self.at("root/gnu/store")).st_ino
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         for plain in (False, True):
             for path in ("gnu/store", "/gnu/store", "./gnu//store/"):
                 fd = open_beneath(root, path, plain=plain)
@@ -238,4 +238,4 @@ class OpenBeneathTests(RemovalTestCase):
             ):
                 self.assertRaises(OSError, open_beneath, root, path, plain=plain)
             self.assertRaises(OSError, open_beneath, root, "f", os.O_RDONLY, plain=plain)
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(open_files(), before)
