@@ -30,4 +30,4 @@ bench:
 
 clean:
 	@for d in .demo .test; do [ ! -e $$d ] || { chmod -R u+rwX $$d; rm -rf $$d; }; done
-	rm -rf .venv .venv-* .setup.lock _trial_temp* build dist
+	rm -rf .venv .venv-* .setup.lock _trial_temp* build dist .hypothesis .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
