@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, gatherResults
+from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessValue
 
@@ -21,7 +21,7 @@ from guixd.errors import BuildError
 from guixd.formats.hashes import to_base32
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
-from tests.build.graph import FIRST_UID, GID, Recorder, TestCase, World, reactor
+from tests.build.graph import FIRST_UID, GID, Recorder, TestCase, World, processes, reactor
 from tests.support import requires_root
 
 
@@ -150,7 +150,7 @@ class OutcomeTests(Real):
             drv = world.derive("slow" + next(iter(options)), "sleep 1000")
             observer = await self.fail_with(101, drv, **options)
             self.assertEqual(observer.traces[-1], f"@ build-failed {drv} - timeout")
-            self.assertEqual(_processes(), [])
+            self.assertEqual(processes(), [])
 
     async def test_log_limit(self) -> None:
         """B13: a log that is too long gives 101."""
@@ -171,7 +171,7 @@ class OutcomeTests(Real):
             "fork", "sleep 1000 & sleep 1001 </dev/null >/dev/null 2>&1 & touch $out"
         )
         await self.succeed(drv)
-        self.assertEqual(_processes(), [])
+        self.assertEqual(processes(), [])
 
     async def test_cancel(self) -> None:
         """X34, B8: giving up kills the builder and removes all of it."""
@@ -182,7 +182,7 @@ class OutcomeTests(Real):
         with self.assertRaises(CancelledError):
             await building
         await world.engine.stop()
-        self.assertEqual((_processes(), world.leftovers()), ([], []))
+        self.assertEqual((processes(), world.leftovers()), ([], []))
 
     async def test_cancel_at_any_time(self) -> None:
         """X34, B8: whenever clients leave, nothing is left, and the next build works."""
@@ -205,7 +205,7 @@ class OutcomeTests(Real):
                 again.cancel()
                 again.addErrback(lambda failure: failure.trap(CancelledError) and None)
         await world.engine.stop()
-        self.assertEqual((_processes(), world.leftovers()), ([], []))
+        self.assertEqual((processes(), world.leftovers()), ([], []))
         self.assertEqual(world.engine._scheduler.running, 0)
         self.assertEqual(world.engine._claims._waiting, {})
 
@@ -286,21 +286,6 @@ class OutcomeTests(Real):
         await two
         self.assertEqual(second.text, "one\ntwo\n")
         self.assertTrue(second.traces[0].startswith("@ build-started"))
-
-
-def _processes() -> list[str]:
-    """Return the processes of build users, zombies aside."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                uid = entry.stat().st_uid
-                state = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if uid in (FIRST_UID, FIRST_UID + 1) and state != "Z":
-                found.append(entry.name)
-    return found
 
 
 @requires_root
@@ -555,57 +540,3 @@ class LogTests(TestCase):
         building.cancel()
         with self.assertRaises(CancelledError):
             await building
-
-
-@requires_root
-class PlainTests(TestCase):
-    """Builds without a container."""
-
-    timeout = 60
-
-    def setUp(self) -> None:
-        self.world = World(self, use_chroot=False)
-
-    async def test_build(self) -> None:
-        """X21, I-FRESH: it works, outputs are fresh files, and nothing is left."""
-        world = self.world
-        drv = world.derive("plain", "sleep 1000 </dev/null >/dev/null 2>&1 & id -u > $out")
-        await world.build(drv)
-        self.assertEqual(Path(world.output(drv)).read_text(), f"{FIRST_UID}\n")
-        self.assertEqual((_processes(), world.leftovers()), ([], []))
-
-    async def test_failures(self) -> None:
-        """B2: statuses are as in a container; a killed build takes escaped processes along."""
-        world = self.world
-        with self.assertRaises(BuildError) as caught:
-            await world.build(world.derive("bad", "touch $out; exit 1"))
-        self.assertEqual(caught.exception.status, 100)
-        loose = world.derive("loose", "touch $out; chmod 6777 $out")
-        with self.assertRaises(BuildError) as caught:
-            await world.build(loose)
-        self.assertEqual(caught.exception.status, 1)
-        self.assertFalse(os.path.lexists(world.output(loose)))
-        slow = world.derive("slow", "(sleep 1000 &) ; sleep 1001")
-        with self.assertRaises(BuildError) as caught:
-            await world.build(slow, timeout=1)
-        self.assertEqual(caught.exception.status, 101)
-        self.assertEqual((_processes(), world.leftovers()), ([], []))
-
-    async def test_foreign_hard_link(self) -> None:
-        """B22, S7: a hard link to a file of another user is refused and left as it was."""
-        world = self.world
-        sentinel = Path(world.store.directory.path, "sentinel")
-        sentinel.write_text("mine")
-        sentinel.chmod(0o666)
-        drv = world.derive("link", f"mkdir $out; ln {sentinel} $out/x")
-        with self.assertRaises(BuildError) as caught:
-            await world.build(drv)
-        self.assertEqual(caught.exception.status, 1)
-        self.assertEqual(stat.S_IMODE(sentinel.stat().st_mode), 0o666)
-
-    async def test_several_at_once(self) -> None:
-        """Requests side by side do not disturb each other."""
-        world = self.world
-        drvs = [world.derive(f"d{i}") for i in range(4)]
-        await gatherResults([world.build(drv) for drv in drvs])
-        self.assertTrue(all(world.is_valid(drv) for drv in drvs))

@@ -155,3 +155,12 @@ def asynchronous(function: Callable[..., Any]) -> Callable[..., Deferred[Any]]:
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
+
+
+def next_turn() -> Deferred[None]:
+    """Wait until the reactor has looked at its descriptors again."""
+    from twisted.internet import reactor
+
+    turned: Deferred[None] = Deferred()
+    reactor.callLater(0, turned.callback, None)
+    return turned

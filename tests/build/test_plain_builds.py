@@ -1,0 +1,67 @@
+"""Real builds without containers, as root with build users."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from twisted.internet.defer import gatherResults
+
+from guixd.errors import BuildError
+from tests.build.graph import FIRST_UID, TestCase, World, processes
+from tests.support import requires_root
+
+
+@requires_root
+class PlainTests(TestCase):
+    """Builds without a container."""
+
+    timeout = 60
+
+    def setUp(self) -> None:
+        self.world = World(self, use_chroot=False)
+
+    async def test_build(self) -> None:
+        """X21, I-FRESH: it works, outputs are fresh files, and nothing is left."""
+        world = self.world
+        drv = world.derive("plain", "sleep 1000 </dev/null >/dev/null 2>&1 & id -u > $out")
+        await world.build(drv)
+        self.assertEqual(Path(world.output(drv)).read_text(), f"{FIRST_UID}\n")
+        self.assertEqual((processes(), world.leftovers()), ([], []))
+
+    async def test_failures(self) -> None:
+        """B2: statuses are as in a container; a killed build takes escaped processes along."""
+        world = self.world
+        with self.assertRaises(BuildError) as caught:
+            await world.build(world.derive("bad", "touch $out; exit 1"))
+        self.assertEqual(caught.exception.status, 100)
+        loose = world.derive("loose", "touch $out; chmod 6777 $out")
+        with self.assertRaises(BuildError) as caught:
+            await world.build(loose)
+        self.assertEqual(caught.exception.status, 1)
+        self.assertFalse(os.path.lexists(world.output(loose)))
+        slow = world.derive("slow", "(sleep 1000 &) ; sleep 1001")
+        with self.assertRaises(BuildError) as caught:
+            await world.build(slow, timeout=1)
+        self.assertEqual(caught.exception.status, 101)
+        self.assertEqual((processes(), world.leftovers()), ([], []))
+
+    async def test_foreign_hard_link(self) -> None:
+        """B22, S7: a hard link to a file of another user is refused and left as it was."""
+        world = self.world
+        sentinel = Path(world.store.directory.path, "sentinel")
+        sentinel.write_text("mine")
+        sentinel.chmod(0o666)
+        drv = world.derive("link", f"mkdir $out; ln {sentinel} $out/x")
+        with self.assertRaises(BuildError) as caught:
+            await world.build(drv)
+        self.assertEqual(caught.exception.status, 1)
+        self.assertEqual(stat.S_IMODE(sentinel.stat().st_mode), 0o666)
+
+    async def test_several_at_once(self) -> None:
+        """Requests side by side do not disturb each other."""
+        world = self.world
+        drvs = [world.derive(f"d{i}") for i in range(4)]
+        await gatherResults([world.build(drv) for drv in drvs])
+        self.assertTrue(all(world.is_valid(drv) for drv in drvs))
