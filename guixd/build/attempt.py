@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ProcessTerminated
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -21,6 +22,7 @@ from guixd.build.builtins import is_builtin, refuse_builtin
 from guixd.build.constraints import check_references, export_graphs, has_rules
 from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest, Made
+from guixd.build.plan import BUSY_RETRY
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
 from guixd.build.threads import Threads, inline
@@ -40,8 +42,6 @@ from guixd.store.trees import remove
 _log = Logger()
 _T = TypeVar("_T")
 
-BUSY_RETRY = 0.1
-"""Seconds until a database that another process writes to is tried again."""
 LOCK_RETRY = 1.0
 """Seconds until an output that another process holds is tried again."""
 DISK_FULL = 8 << 20
@@ -216,12 +216,7 @@ class Attempt:
             await self._pause(LOCK_RETRY)
 
     async def _pause(self, seconds: float) -> None:
-        def start() -> Deferred[None]:
-            pause: Deferred[None] = Deferred(lambda _: timer.cancel())
-            timer = self._shop.reactor.callLater(seconds, pause.callback, None)
-            return pause
-
-        await self._wait(start)
+        await self._wait(lambda: deferLater(self._shop.reactor, seconds))
 
     async def _build(self) -> Result:
         """Build what is missing, in a workspace that is gone afterwards."""

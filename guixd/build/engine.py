@@ -21,7 +21,7 @@ from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, SharedBuild
 from guixd.build.threads import Threads
 from guixd.build.users import BuildUserPool, pool_of
-from guixd.errors import BuildError, PathNotValid
+from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
 from guixd.settings import Settings
@@ -84,20 +84,6 @@ class Engine:
         finally:
             if own is not None:
                 own.close()
-
-    def ensure_path(
-        self, path: StorePath, request: BuildRequest, observer: Observer
-    ) -> Deferred[None]:
-        """Make PATH valid by substitution.
-
-        :return: a Deferred that fails with `PathNotValid` if nothing provides it.
-        """
-        outcome: Deferred[None] = Deferred()
-        if self._workshop.store.database.is_valid(path):
-            outcome.callback(None)
-        else:
-            outcome.errback(PathNotValid(f"path `{path}' is not valid and cannot be substituted"))
-        return outcome
 
     def _track(self, running: Deferred[None]) -> Deferred[None]:
         self._requests.add(running)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from guixd.build.request import Roots, Wanted
 from guixd.build.results import result_of
@@ -22,6 +22,7 @@ from guixd.store.local import LocalStore
 SLICE = 0.005
 """Seconds of planning before others get a turn."""
 BUSY_RETRY = 0.1
+"""Seconds until what another process has for a moment is tried again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -86,20 +87,15 @@ class Planner:
         while self._todo:
             await self._expand(self._todo.pop())
             if self._clock.seconds() - started > SLICE:
-                await self._pause(0)
+                await deferLater(self._clock, 0)
                 started = self._clock.seconds()
-
-    async def _pause(self, seconds: float) -> None:
-        pause: Deferred[None] = Deferred(lambda _: timer.cancel())
-        timer = self._clock.callLater(seconds, pause.callback, None)
-        await pause
 
     async def _protect(self, path: StorePath) -> None:
         while path not in self._protected:
             try:
                 self._roots.add(path)
             except Busy:  # a collector reads our roots at this moment
-                await self._pause(BUSY_RETRY)
+                await deferLater(self._clock, BUSY_RETRY)
             else:
                 self._protected.add(path)
 

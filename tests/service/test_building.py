@@ -144,7 +144,7 @@ class BuildTests(DaemonCase):
         await self.assertFailure(building, Exception)
 
     async def test_ensure(self) -> None:
-        """Op 10: a valid path is fine, another cannot be substituted."""
+        """B5, op 10: a valid path is fine, another cannot be substituted."""
         client = await self.client()
         path = await client.add_text("x", b"y")
         await client.ensure_path(path)
