@@ -90,3 +90,15 @@ def temporary_directory(case: SynchronousTestCase, *, world_readable: bool = Fal
         stderr=subprocess.DEVNULL,
     )
     return directory
+
+
+class DirectoryTestCase(SynchronousTestCase):
+    """A test with a directory of its own, opened."""
+
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self)
+        self.fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        self.addCleanup(os.close, self.fd)
+
+    def at(self, name: str) -> str:
+        return f"{self.directory}/{name}"

@@ -12,13 +12,19 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
+from guixd.formats import operations as op
 from guixd.formats.messages import Greeting
 from guixd.formats.operations import Operation
-from guixd.formats.path import StoreDirectory
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.formats.wire import encode_int
 from guixd.service.connection import Connection
 
 GREETED = 24
 """Bytes that a greeted client has got."""
+YES = encode_int(1)
+IS_VALID = op.IsValidPath("/gnu/store/a")
+BUILD = op.BuildPaths((StorePath("/gnu/store/a.drv"),))
+ADD = op.AddToStore("name", True, True, "sha256")
 
 
 class FarEnd(Protocol):

@@ -21,12 +21,15 @@ from guixd.formats.messages import (
 from guixd.formats.path import StorePath
 from guixd.formats.wire import encode_int, encode_string
 from guixd.service import connection as module
-from tests.service.peers import GREETED, Line, asynchronous, next_turn
-
-YES = encode_int(1)
-IS_VALID = op.IsValidPath("/gnu/store/a")
-BUILD = op.BuildPaths((StorePath("/gnu/store/a.drv"),))
-ADD = op.AddToStore("name", True, True, "sha256")
+from tests.service.peers import (
+    BUILD,
+    GREETED,
+    IS_VALID,
+    YES,
+    Line,
+    asynchronous,
+    next_turn,
+)
 
 
 class Greetings(TestCase):

@@ -15,15 +15,9 @@ from guixd.formats.messages import (
     encode_error,
     encode_read,
 )
-from guixd.formats.path import StorePath
 from guixd.formats.wire import encode_bytes, encode_int
 from guixd.service import connection as module
-from tests.service.peers import Line, asynchronous, next_turn
-
-YES = encode_int(1)
-IS_VALID = op.IsValidPath("/gnu/store/a")
-BUILD = op.BuildPaths((StorePath("/gnu/store/a.drv"),))
-ADD = op.AddToStore("name", True, True, "sha256")
+from tests.service.peers import ADD, IS_VALID, YES, Line, asynchronous, next_turn
 
 
 class Reading(TestCase):

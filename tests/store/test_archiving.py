@@ -8,7 +8,6 @@ import socket
 import stat
 
 from hypothesis import given, settings
-from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import BadArchive, StoreError
 from guixd.formats.nar import MAGIC, NarParser, file_header, file_size
@@ -34,7 +33,7 @@ from tests.archives import (
     words,
     write_tree,
 )
-from tests.support import open_files, temporary_directory
+from tests.support import DirectoryTestCase, open_files
 
 PART = "0123456789abcdfghijklmnpqrsvwxyz"
 
@@ -66,16 +65,6 @@ def statuses(path: str) -> list[os.stat_result]:
     for top, directories, files in os.walk(path):
         found += [os.lstat(os.path.join(top, name)) for name in directories + files]
     return found
-
-
-class DirectoryTestCase(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.directory = temporary_directory(self)
-        self.fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        self.addCleanup(os.close, self.fd)
-
-    def at(self, name: str) -> str:
-        return f"{self.directory}/{name}"
 
 
 class RoundTripTests(DirectoryTestCase):

@@ -6,8 +6,6 @@ import os
 import socket
 import stat
 
-from twisted.trial.unittest import SynchronousTestCase
-
 from guixd.errors import BuildError, StoreError
 from guixd.store.trees import (
     InodesSeen,
@@ -19,21 +17,13 @@ from guixd.store.trees import (
     strip,
 )
 from tests.archives import File, Link, Tree, read_tree, write_tree
-from tests.support import require, requires_root, temporary_directory
+from tests.support import DirectoryTestCase, require, requires_root
 
 BUILDER = 61234
 """A uid of nobody else's."""
 
 
-class TreeTestCase(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.directory = temporary_directory(self)
-        self.fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        self.addCleanup(os.close, self.fd)
-
-    def at(self, name: str) -> str:
-        return f"{self.directory}/{name}"
-
+class TreeTestCase(DirectoryTestCase):
     def make(self, name: str, tree: Tree, owner: int | None = None) -> None:
         write_tree(os.fsencode(self.at(name)), tree)
         if owner is not None:
