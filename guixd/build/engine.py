@@ -9,7 +9,6 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from guixd.build.attempt import Workshop
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
 from guixd.build.claims import Claims
@@ -21,6 +20,7 @@ from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, SharedBuild
 from guixd.build.threads import Threads
 from guixd.build.users import BuildUserPool, pool_of
+from guixd.build.workshop import Workshop
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder

@@ -14,13 +14,14 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from guixd.build.attempt import Attempt, Workshop
+from guixd.build.attempt import Attempt
 from guixd.build.broadcast import Broadcast, Follower, Observer
 from guixd.build.claims import Claims
 from guixd.build.container import is_native
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status, result_of
 from guixd.build.scheduler import Scheduler, Share, Slot
+from guixd.build.workshop import Workshop
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 

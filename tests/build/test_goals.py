@@ -15,7 +15,7 @@ from twisted.internet.error import ProcessDone
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from guixd.build import attempt
+from guixd.build import verdicts
 from guixd.build.request import BuildMode, BuildRequest, ClientOptions, Wanted
 from guixd.build.threads import inline
 from guixd.errors import BuildError
@@ -319,7 +319,7 @@ class FailureTests(Fake):
 
     def test_full_disk(self) -> None:
         """B36: a failure on a nearly full disk is put down to that, status 1."""
-        self.patch(attempt, "DISK_FULL", 1 << 60)
+        self.patch(verdicts, "DISK_FULL", 1 << 60)
         observer = Recorder()
         building = self.world.build(self.world.derive("a"), observer=observer)
         self.launcher["a"].finish(1)

@@ -1,0 +1,262 @@
+"""One run of a builder, from its directories to the outputs that it left (build.md §3, §8)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from twisted.internet.error import ProcessTerminated
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from guixd.build import container
+from guixd.build.builder import Builder
+from guixd.build.builtins import is_builtin, refuse_builtin
+from guixd.build.constraints import export_graphs
+from guixd.build.job import Job
+from guixd.build.outputs import Harvest
+from guixd.build.request import Level
+from guixd.build.results import BuildFailure, Status
+from guixd.build.threads import inline
+from guixd.build.users import BuildUser
+from guixd.build.verdicts import builder_failed
+from guixd.build.workshop import Workshop
+from guixd.build.workspace import Kept, Workspace
+from guixd.errors import GuixdError
+from guixd.formats.derivation import Output
+from guixd.formats.path import StorePath
+from guixd.formats.trace import BuildStarted
+from guixd.sandbox.spec import SandboxSpec
+from guixd.store.trees import remove
+
+_log = Logger()
+
+Finish = Callable[[Harvest], Awaitable[None]]
+"""Does what the mode of the build says with outputs that can be taken in."""
+
+
+class Trial:
+    """One run.  `run` is called once.
+
+    :param user: who runs the builder; `None` for the daemon's own user.
+    :param wanted: the outputs that are to be made, by name.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        job: Job,
+        builder: Builder,
+        user: BuildUser | None,
+        wanted: Mapping[str, Output],
+    ) -> None:
+        self._shop = workshop
+        self._job = job
+        self._builder = builder
+        self._user = user
+        self._wanted = wanted
+        self._private = f"{job.path}.chroot"
+        self._contained = workshop.settings.use_chroot
+        self._finished = False
+
+    async def run(self, finish: Finish) -> None:
+        """Run the builder and give its outputs to FINISH; no directory is left afterwards.
+
+        :raises BuildFailure: the builder failed, or its outputs are not as they should be.
+        """
+        shop, job, user = self._shop, self._job, self._user
+        if is_builtin(job.drv):
+            refuse_builtin(job.drv)
+        inputs = self._inputs()
+        graphs = self._graphs()
+        killing = None
+        if user is not None and shop.users is not None and not shop.users.is_clean(user):
+            killing = shop.launcher.kill_user(user.uid)
+        obstacles = self._obstacles()
+        call = shop.threads if graphs or obstacles else inline
+        try:
+            workspace = await call(self._prepare, graphs, obstacles)
+        except BaseException:
+            if killing is not None:
+                await killing
+            raise
+        keep = False
+        try:
+            if killing is not None:
+                await killing
+            job.interest.check()
+            reason = await self._run_builder(self._spec(workspace, inputs))
+            await self._harvest(workspace, inputs, reason, finish)
+            self._finished = True
+        except (BuildFailure, GuixdError, OSError):
+            keep = job.options.keep_failed
+            raise
+        finally:
+            await self._clean_up(workspace, keep)
+
+    # --- before ------------------------------------------------------------------
+
+    def _inputs(self) -> frozenset[StorePath]:
+        """Return the closure of all that the builder may use."""
+        store, drv = self._shop.store, self._job.drv
+        roots = set(drv.sources)
+        for path, names in drv.inputs.items():
+            outputs = store.derivation_outputs(path)
+            roots.update(outputs[name] for name in names)
+        return frozenset(store.database.closure(roots))
+
+    def _graphs(self) -> dict[str, str]:
+        drv, store = self._job.drv, self._shop.store
+        if "exportReferencesGraph" not in drv.environment:
+            return {}
+        database = store.database
+        return export_graphs(
+            drv,
+            store.directory,
+            database.is_valid,
+            lambda path: database.path_info(path).references,
+            database.closure,
+            store.read_derivation,
+        )
+
+    def _obstacles(self) -> list[str]:
+        """Return what lies where the build is to make something; it may be large."""
+        paths = (self._private, *(output.path for output in self._wanted.values()))
+        return [path for path in paths if os.path.lexists(path)]
+
+    def _prepare(self, graphs: dict[str, str], obstacles: Iterable[str]) -> Workspace:
+        """Make the directories and the log; short if there are no GRAPHS and OBSTACLES."""
+        for path in obstacles:
+            remove(None, path)
+        workspace = Workspace.create(
+            self._job.path,
+            temporary=self._shop.settings.directories.temporary,
+            use_chroot=self._contained,
+            user=self._user,
+            files={name: text.encode() for name, text in graphs.items()},
+        )
+        log = self._job.say.log_file
+        if log is not None:
+            try:
+                log.open()
+            except OSError:
+                _log.failure("cannot keep the log {path}", path=log.path)
+        return workspace
+
+    def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
+        job, shop = self._job, self._shop
+        if self._contained and job.drv.has_fixed_outputs:
+            job.say.log(Level.ERROR, container.NO_NETWORK)
+        return container.plan(
+            job.drv,
+            job.path,
+            inputs,
+            build_directory=workspace.build_directory,
+            root=workspace.root,
+            user=self._user,
+            settings=shop.settings,
+            cores=job.options.cores,
+            host=shop.host,
+        )
+
+    # --- while the builder runs -----------------------------------------------------
+
+    async def _run_builder(self, spec: SandboxSpec) -> Failure:
+        """Run the builder to its end; return how it ended.
+
+        :raises BuildFailure: a limit was broken (timed out).
+        """
+        job, builder, spawn = self._job, self._builder, self._shop.launcher.spawn
+        process = await job.interest.wait(lambda: spawn(builder, spec))
+        job.say.begin(process.pid)
+        log = job.say.log_file
+        name = log.path if log is not None else ""
+        job.say.trace(BuildStarted(job.path, job.drv.platform, name, process.pid).line)
+        builder.begin(process, self._user, job.options)
+        if job.interest.lost:
+            builder.kill()
+        reason = await builder.end()
+        job.interest.check()
+        if builder.expired:
+            raise BuildFailure(Status.TIMED_OUT, f"build of `{job.path}' {builder.expired}")
+        return reason
+
+    # --- after its end ----------------------------------------------------------------
+
+    async def _harvest(
+        self,
+        workspace: Workspace,
+        inputs: frozenset[StorePath],
+        reason: Failure,
+        finish: Finish,
+    ) -> None:
+        shop, job = self._shop, self._job
+        store = shop.store.directory.path
+        harvest = Harvest(
+            drv=job.drv,
+            store=store,
+            private=self._private,
+            open_source=lambda: workspace.open_store(store),
+            fresh=not self._contained or job.drv.has_fixed_outputs,
+            owner=self._user.uid if self._user is not None else None,
+            wanted=self._wanted,
+            candidates=inputs | set(job.drv.output_paths),
+        )
+        if isinstance(reason.value, ProcessTerminated):
+            if self._contained:
+                with harvest:
+                    await shop.threads(harvest.salvage)
+            raise builder_failed(job, reason.value, shop.settings.directories)
+        try:
+            with harvest:
+                await finish(harvest)
+        except BuildFailure:
+            for line in harvest.mismatches:
+                job.say.trace(line)
+            raise
+
+    async def _clean_up(self, workspace: Workspace, keep: bool) -> None:
+        job = self._job
+        log = job.say.log_file
+        if log is not None:
+            await log.settle()
+        try:
+            if not keep and self._contained and (log is None or log.is_small):
+                self._end_log()
+                if workspace.remove_small():
+                    return
+            kept = await self._shop.threads(self._clean, workspace, keep)
+        except (GuixdError, OSError):
+            if not self._finished:
+                raise
+            _log.failure("cannot clean up after {path}", path=job.path)
+            return
+        if kept is not None:
+            job.say.log(Level.ERROR, f"keeping build directory `{kept.path}'")
+            if kept.problem:
+                job.say.log(Level.ERROR, kept.problem)
+
+    def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
+        """End the log and remove the directories, but for a tree to be kept; blocks."""
+        options = self._job.options
+        self._end_log()
+        try:
+            if keep:
+                return workspace.keep(options.client_uid, options.client_gid)
+            workspace.remove()
+            return None
+        finally:
+            if not self._contained:
+                remove(None, self._private)
+                if not self._finished:
+                    # They may have any mode; only in a container could they be hidden.
+                    for output in self._wanted.values():
+                        remove(None, output.path)
+
+    def _end_log(self) -> None:
+        log = self._job.say.log_file
+        if log is not None:
+            try:
+                log.end()
+            except OSError:
+                _log.failure("cannot end the log {path}", path=log.path)

@@ -1,0 +1,38 @@
+"""What the end of a builder means, in words (build.md §2, §8)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from twisted.internet.error import ProcessTerminated
+
+from guixd.build.job import Job
+from guixd.build.request import Level
+from guixd.build.results import BuildFailure, Status
+from guixd.settings import Directories
+
+DISK_FULL = 8 << 20
+"""Free bytes below which a failure is put down to the disk."""
+
+
+def builder_failed(job: Job, reason: ProcessTerminated, directories: Directories) -> BuildFailure:
+    """Return what the failure of the builder of JOB, which ended for REASON, means."""
+    if reason.signal is not None:
+        name = signal.strsignal(reason.signal) or "unknown"
+        end = f"failed due to signal {reason.signal} ({name})"
+    else:
+        end = f"failed with exit code {reason.exitCode}"
+    full = any(_disk_is_full(path) for path in (directories.store, directories.temporary))
+    if full:
+        job.say.log(Level.ERROR, "the disk is nearly full, which may be why the build failed")
+    transient = full or job.drv.has_fixed_outputs
+    return BuildFailure(
+        Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
+        f"builder for `{job.path}' {end}",
+    )
+
+
+def _disk_is_full(path: str) -> bool:
+    free = os.statvfs(path)
+    return free.f_bavail * free.f_frsize < DISK_FULL
