@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -11,14 +12,17 @@ from zope.interface import implementer
 
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
+from guixd.build.chains import rank
 from guixd.build.claims import Claims
 from guixd.build.container import Host
+from guixd.build.durations import Durations
 from guixd.build.goals import RequestRun
 from guixd.build.plan import Goal, Planner
 from guixd.build.request import BuildMode, BuildRequest
 from guixd.build.scheduler import Scheduler, Share
-from guixd.build.shared import Attachment, SharedBuild
+from guixd.build.shared import Attachment, Common, SharedBuild
 from guixd.build.threads import Threads
+from guixd.build.turns import Turns
 from guixd.build.users import BuildUserPool, pool_of
 from guixd.build.workshop import Workshop
 from guixd.errors import BuildError
@@ -51,7 +55,12 @@ class Engine:
             reactor, threads, settings, store, launcher, self._users, Host.current()
         )
         self._scheduler = Scheduler(self._limit)
+        self._durations = Durations(
+            reactor, threads, settings.directories.state + "/build-durations"
+        )
+        self._durations.load()
         self._claims = Claims()
+        self._common = Common(self._workshop, self._scheduler, self._claims, self._durations)
         self._builds: dict[StorePath, SharedBuild] = {}
         self._ending: set[SharedBuild] = set()
         self._requests: set[Deferred[None]] = set()
@@ -79,11 +88,21 @@ class Engine:
         roots: Any = request.roots or own
         try:
             planner = Planner(shop.reactor, shop.threads, shop.store, roots)
-            share = self._scheduler.share(request.options.max_jobs)
-            await RequestRun(self, planner, request, observer, share).run()
+            await planner.plan(request.wanted)
+            goals = planner.goals.values()
+            if goals:
+                await self._rank(goals)
+                options = request.options
+                share = self._scheduler.share(options.max_jobs, client=options.client_uid)
+                await RequestRun(shop.reactor, self, goals, request, observer, share).run()
         finally:
             if own is not None:
                 own.close()
+
+    async def _rank(self, goals: Collection[Goal]) -> None:
+        turns = Turns(self._workshop.reactor)
+        for _ in rank(goals, self._durations.of):
+            await turns.give()
 
     def _track(self, running: Deferred[None]) -> Deferred[None]:
         self._requests.add(running)
@@ -102,19 +121,12 @@ class Engine:
         """Let REQUEST take part in the build of GOAL, which begins now if it does not run."""
         build = self._builds.get(goal.path)
         if build is not None and not build.abandoned:
-            return build, build.attach(observer, share, request.changed)
+            return build, build.attach(observer, share, goal.priority, request.changed)
         assert goal.drv is not None
-        build = SharedBuild(
-            self._workshop,
-            self._scheduler,
-            self._claims,
-            goal.path,
-            goal.drv,
-            request.request.options,
-        )
+        build = SharedBuild(self._common, goal.path, goal.drv, request.request.options)
         self._builds[goal.path] = build
         self._ending.add(build)
-        attachment = build.attach(observer, share, request.changed)
+        attachment = build.attach(observer, share, goal.priority, request.changed)
         build.ended.addCallback(self._forget, build)
         build.start()
         return build, attachment
@@ -130,6 +142,7 @@ class Engine:
             running.cancel()
         # Not the builds' own Deferreds: others wait on them, too.
         ended = DeferredList([self._when_ended(build) for build in self._ending])
+        self._durations.stop()
 
         def stopped(_: object) -> None:
             if self._users is not None:

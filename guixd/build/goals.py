@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
 
 from guixd.build.broadcast import Observer
-from guixd.build.plan import Goal, Planner
+from guixd.build.plan import Goal
 from guixd.build.request import BuildRequest, Level
 from guixd.build.results import Result, Status
 from guixd.build.scheduler import Share
 from guixd.build.shared import Attachment, SharedBuild
+from guixd.build.turns import Turns
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 
@@ -34,41 +37,39 @@ class RequestRun:
 
     def __init__(
         self,
+        clock: IReactorTime,
         builds: Builds,
-        planner: Planner,
+        goals: Collection[Goal],
         request: BuildRequest,
         observer: Observer,
         share: Share,
     ) -> None:
         self.request = request
+        self._clock = clock
         self._builds = builds
-        self._planner = planner
+        self._goals = goals
         self._observer = observer
         self._share = share
         self._active: dict[StorePath, tuple[SharedBuild, Attachment]] = {}
         self._events: deque[tuple[Goal, Result | None]] = deque()
         self._working = False
-        self._left = 0
+        self._hope: SharedBuild | None = None
+        """A build that was not stuck when last looked at."""
+        self._left = len(goals)
         self._code = 1
         self._failed: list[StorePath] = []
         self._general = ""
         self._done: Deferred[None] = Deferred()
 
     async def run(self) -> None:
-        """Make all that is wanted valid.
+        """Make all that is wanted valid; there is something to do.
 
         :raises BuildError: a wanted derivation failed.
         """
-        await self._planner.plan(self.request.wanted)
-        goals = self._planner.goals.values()
-        self._left = len(goals)
-        if not self._left:
-            return
-        self._events.extend(
-            (goal, None)
-            for goal in sorted(goals, key=lambda g: g.key)
-            if not goal.pending or (goal.failed and not self.request.options.keep_going)
-        )
+        keep_going = self.request.options.keep_going
+        ready = [g for g in self._goals if not g.pending or (g.failed and not keep_going)]
+        ready.sort(key=lambda goal: goal.priority)
+        self._events.extend((goal, None) for goal in ready)
         try:
             self._work()
             await self._done
@@ -77,12 +78,17 @@ class RequestRun:
 
     def changed(self) -> None:
         """See whether anything can still go on."""
-        if (
-            not self._working
-            and not self._done.called
-            and all(build.stuck for build, _ in self._active.values())
-        ):
-            self._done.errback(BuildError(NO_SLOTS if self._active else CIRCLE))
+        if self._working or self._done.called:
+            return
+        if not self._active:
+            self._done.errback(BuildError(CIRCLE))
+        elif not self._share.may_start(local=False) and self._is_stuck():
+            self._done.errback(BuildError(NO_SLOTS))
+
+    def _is_stuck(self) -> bool:
+        if self._hope is None or self._hope.stuck or self._hope.path not in self._active:
+            self._hope = next((b for b, _ in self._active.values() if not b.stuck), None)
+        return self._hope is None
 
     def _leave(self) -> None:
         self._events.clear()
@@ -102,17 +108,27 @@ class RequestRun:
         if self._working:
             return
         self._working = True
+        turns = Turns(self._clock)
         try:
             while self._events and not self._done.called:
+                if turns.over:
+                    self._clock.callLater(0, self._go_on)
+                    return
                 goal, result = self._events.popleft()
                 if result is None and not goal.started:
                     goal.started = True
                     self._start(goal)
                 elif result is not None:
                     self._finished(goal, result)
-        finally:
+        except BaseException:
             self._working = False
+            raise
+        self._working = False
         self.changed()
+
+    def _go_on(self) -> None:
+        self._working = False
+        self._work()
 
     def _start(self, goal: Goal) -> None:
         """Begin with GOAL, whose inputs are all done, well or not."""

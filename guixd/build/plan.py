@@ -13,14 +13,14 @@ from twisted.internet.task import deferLater
 
 from guixd.build.request import Roots, Wanted
 from guixd.build.results import result_of
+from guixd.build.scheduler import Priority
 from guixd.build.threads import Threads
+from guixd.build.turns import Turns
 from guixd.errors import Busy, GuixdError
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 from guixd.store.local import LocalStore
 
-SLICE = 0.005
-"""Seconds of planning before others get a turn."""
 BUSY_RETRY = 0.1
 """Seconds until what another process has for a moment is tried again."""
 
@@ -34,6 +34,7 @@ class Goal:
     :ivar error: why it cannot even be tried; empty if it can.
     :ivar pending: how many inputs are not built yet.
     :ivar failed: how many inputs could not be had.
+    :ivar priority: what is smaller is built first; see `chains.rank`.
     """
 
     path: StorePath
@@ -45,6 +46,7 @@ class Goal:
     pending: int = 0
     failed: int = 0
     dependents: list[Goal] = field(default_factory=list)
+    priority: Priority = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -75,6 +77,7 @@ class Planner:
 
         :raises GuixdError: the store cannot be read.
         """
+        turns = Turns(self._clock)
         for want in wanted:
             if want.path.is_derivation:
                 goal = await self._enter(want.path, want.outputs)
@@ -83,12 +86,10 @@ class Planner:
             else:
                 # Nothing can provide it; that is no failure of the request.
                 await self._protect(want.path)
-        started = self._clock.seconds()
+            await turns.give()
         while self._todo:
             await self._expand(self._todo.pop())
-            if self._clock.seconds() - started > SLICE:
-                await deferLater(self._clock, 0)
-                started = self._clock.seconds()
+            await turns.give()
 
     async def _protect(self, path: StorePath) -> None:
         while path not in self._protected:

@@ -18,9 +18,10 @@ from guixd.build.attempt import Attempt
 from guixd.build.broadcast import Broadcast, Follower, Observer
 from guixd.build.claims import Claims
 from guixd.build.container import is_native
+from guixd.build.durations import Durations
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status, result_of
-from guixd.build.scheduler import Scheduler, Share, Slot
+from guixd.build.scheduler import Priority, Scheduler, Share, Slot
 from guixd.build.workshop import Workshop
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
@@ -37,9 +38,20 @@ class Attachment:
 
     follower: Follower
     share: Share
+    priority: Priority
     changed: Callable[[], None]
     result: Deferred[Result] = field(default_factory=Deferred)
     ticket: Deferred[Slot] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all builds of a daemon share."""
+
+    workshop: Workshop
+    scheduler: Scheduler
+    claims: Claims
+    durations: Durations
 
 
 class SharedBuild:
@@ -49,31 +61,24 @@ class SharedBuild:
     """
 
     def __init__(
-        self,
-        workshop: Workshop,
-        scheduler: Scheduler,
-        claims: Claims,
-        path: StorePath,
-        drv: Derivation,
-        options: ClientOptions,
+        self, common: Common, path: StorePath, drv: Derivation, options: ClientOptions
     ) -> None:
         self.path = path
         self.drv = drv
         self.local = drv.environment.get("preferLocalBuild") == "1" and is_native(
-            drv.platform, workshop.settings
+            drv.platform, common.workshop.settings
         )
         self.abandoned = False
         self.ended: Deferred[None] = Deferred()
-        self._workshop = workshop
-        self._scheduler = scheduler
-        self._claims = claims
+        self._common = common
+        self._options = options
         self._attachments: list[Attachment] = []
         self._result: Result | None = None
-        self._broadcast = Broadcast(workshop.threads, self._hold)
-        self._attempt = Attempt(workshop, path, drv, options, self._broadcast)
+        self._broadcast = Broadcast(common.workshop.threads, self._hold)
+        self._attempt: Attempt | None = None
         self._waiting: Deferred[None] | None = None
-        self._slot: Deferred[Slot] | None = None
-        self._started = False
+        self._awaited: Deferred[Slot] | None = None
+        self._slot: Slot | None = None
 
     def start(self) -> None:
         """Begin; to be called once, after the first `attach`."""
@@ -81,16 +86,19 @@ class SharedBuild:
 
     # --- clients --------------------------------------------------------------
 
-    def attach(self, observer: Observer, share: Share, changed: Callable[[], None]) -> Attachment:
+    def attach(
+        self, observer: Observer, share: Share, priority: Priority, changed: Callable[[], None]
+    ) -> Attachment:
         """Let a client take part from now on; it is told all that went before.
 
         :param share: a slot of which the build may use.
+        :param priority: the place of the build in that share.
         :param changed: called when `stuck` may have changed.
         """
-        attachment = Attachment(self._broadcast.follow(observer), share, changed)
+        attachment = Attachment(self._broadcast.follow(observer), share, priority, changed)
         attachment.follower.done.addCallback(lambda _: self._deliver(attachment))
         self._attachments.append(attachment)
-        if self._slot is not None:
+        if self._awaited is not None:
             self._queue(attachment)
         return attachment
 
@@ -103,14 +111,20 @@ class SharedBuild:
         if attachment.ticket is not None:
             attachment.ticket.cancel()
         if not self._attachments and self._result is None:
-            self.abandoned = True
-            if self._waiting is not None:
-                self._waiting.cancel()
-            if self._slot is not None:
-                self._slot.cancel()
-            self._attempt.cancel()
+            self._give_up()
+        elif self._slot is not None and self._slot.share is attachment.share:
+            self._common.scheduler.move(self._slot, self._attachments[0].share)
         for other in list(self._attachments):
             other.changed()
+
+    def _give_up(self) -> None:
+        self.abandoned = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        if self._awaited is not None:
+            self._awaited.cancel()
+        if self._attempt is not None:
+            self._attempt.cancel()
 
     def _deliver(self, attachment: Attachment) -> None:
         if attachment in self._attachments and self._result is not None:
@@ -120,51 +134,65 @@ class SharedBuild:
     @property
     def stuck(self) -> bool:
         """Whether it waits for a slot that none of its clients can ever get."""
-        return self._slot is not None and not any(
+        return self._awaited is not None and not any(
             attachment.share.may_start(self.local) for attachment in self._attachments
         )
 
     def _hold(self, on: bool) -> None:
-        self._attempt.hold("clients", on)
+        if self._attempt is not None:
+            self._attempt.hold("clients", on)
 
     # --- its life -----------------------------------------------------------------
 
     async def _run(self) -> Result:
-        claimed: list[StorePath] = []
+        claims, claimed = self._common.claims, list[StorePath]()
         try:
             for path in sorted(set(self.drv.output_paths)):
-                self._waiting = self._claims.claim(path)
+                self._waiting = claims.claim(path)
                 if self._waiting is not None:
                     await self._waiting
                     self._waiting = None
                 claimed.append(path)
-            if self._workshop.all_valid(self.drv):
+            if self._common.workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
-            slot = await self._wait_for_slot()
-            return await self._attempt.run(lambda: self._scheduler.release(slot))
+            self._slot = await self._wait_for_slot()
+            return await self._build()
         finally:
-            self._claims.free(claimed)
+            claims.free(claimed)
+
+    async def _build(self) -> Result:
+        workshop = self._common.workshop
+        self._attempt = Attempt(workshop, self.path, self.drv, self._options, self._broadcast)
+        began = workshop.reactor.seconds()
+        result = await self._attempt.run(self._vacate)
+        if result.status is Status.BUILT:
+            seconds = workshop.reactor.seconds() - began
+            self._common.durations.note(self.path.name, seconds)
+        return result
+
+    def _vacate(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._common.scheduler.release(slot)
 
     def _wait_for_slot(self) -> Deferred[Slot]:
-        wait: Deferred[Slot] = Deferred()
-        self._slot = wait
-        for attachment in self._attachments:
+        self._awaited = wait = Deferred[Slot]()
+        for attachment in list(self._attachments):
             self._queue(attachment)
         for attachment in list(self._attachments):
             attachment.changed()
         return wait
 
     def _queue(self, attachment: Attachment) -> None:
-        if self._slot is None:
+        if self._awaited is None:
             return
-        key = (self.path.name, self.path)
-        ticket = attachment.ticket = attachment.share.acquire(key, self.local)
+        ticket = attachment.ticket = attachment.share.acquire(attachment.priority, self.local)
         ticket.addCallbacks(self._granted, lambda failure: failure.trap(CancelledError) and None)
 
     def _granted(self, slot: Slot) -> None:
-        wait, self._slot = self._slot, None
+        wait, self._awaited = self._awaited, None
         if wait is None:
-            self._scheduler.release(slot)
+            self._common.scheduler.release(slot)
             return
         for attachment in self._attachments:
             ticket, attachment.ticket = attachment.ticket, None
@@ -181,6 +209,6 @@ class SharedBuild:
             self._result = result_of(outcome.value or RuntimeError())
             self._broadcast.log(Level.ERROR, self._result.text)
             _log.failure("the build of {path} went wrong", outcome, path=self.path)
-        self._slot = None
+        self._awaited = None
         self.ended.callback(None)
         self._broadcast.finish()

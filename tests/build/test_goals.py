@@ -216,6 +216,7 @@ class RoomTests(SynchronousTestCase):
 
         users = 1 if os.geteuid() == 0 else 0
         world = World(self, users=users, launcher=launcher, threads=threads, clock=Clock())
+        later.pop().callback(None)  # the durations that are known
         a, b = world.derive("a"), world.derive("b")
         building = world.build(a, b)
         several = Path(f"{launcher['a'].spec.root}/tmp/several")

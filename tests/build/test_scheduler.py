@@ -53,9 +53,9 @@ class SchedulerTests(SynchronousTestCase):
         for name in "m1", "m2", "m3":
             self.ask(many, name)
         self.ask(one, "o1")
-        for name in "m1", "m2", "o1":
+        for name in "m1", "o1", "m2":
             scheduler.release(self.slots[name])
-        self.assertEqual(self.order, ["m1", "m2", "o1", "m3"])
+        self.assertEqual(self.order, ["m1", "o1", "m2", "m3"])
 
     def test_local_without_jobs(self) -> None:
         """B9: with max-jobs 0, one local build runs when nothing else does."""
