@@ -89,7 +89,7 @@ def _read(file: str) -> dict[str, float]:
     known = json.loads(text, parse_constant=_refuse) if len(text) <= LARGEST_FILE else None
     if not isinstance(known, dict):
         raise ValueError(f"'{file}' is damaged")
-    pairs = [(n, s) for n, s in known.items() if isinstance(s, float) and math.isfinite(s)]
+    pairs = [(n, s) for n, s in known.items() if type(s) in (int, float) and math.isfinite(s)]
     return {name: min(max(seconds, USUAL), LONGEST) for name, seconds in pairs[-MOST_NAMES:]}
 
 

@@ -133,10 +133,15 @@ class World:
             case.addCleanup(pool.stop)
             threads = pool_threads(reactor, pool)
         self.launcher = launcher or ZygoteLauncher(reactor)
-        self.engine = Engine(clock or reactor, self.settings, self.store, self.launcher, threads)
+        self._threads, self._clock = threads, clock or reactor
+        self.engine = self.another_engine()
         case.addCleanup(self._close)
         self._shell: StorePath | None = None
         self._hashes: dict[StorePath, bytes] = {}
+
+    def another_engine(self) -> Engine:
+        """Return a new engine for the same store."""
+        return Engine(self._clock, self.settings, self.store, self.launcher, self._threads)
 
     async def _stop(self) -> None:
         await self.engine.stop()

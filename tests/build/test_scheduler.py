@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
@@ -82,31 +85,152 @@ class SchedulerTests(SynchronousTestCase):
         scheduler.release(self.slots["a"])
         self.assertEqual(self.order, ["a", "c"])
 
-    @settings(deadline=None, max_examples=60)
+    def test_clients_are_served_alike(self) -> None:
+        """B9: many requests of one client count as one client; the freest goes first."""
+        scheduler = Scheduler(lambda: 4)
+        many = [scheduler.share(4, client=1) for _ in range(4)]
+        for number, share in enumerate(many):
+            for build in range(3):
+                self.ask(share, f"m{number}{build}")
+        self.assertEqual(self.order, ["m00", "m01", "m02", "m10"])
+        other = scheduler.share(4, client=2)
+        for name in "o1", "o2", "o3":
+            self.ask(other, name)
+        for name in "m00", "m01", "m02":
+            scheduler.release(self.slots[name])
+        # Two each; then the turn goes on among the requests of the first client.
+        self.assertEqual(self.order[4:], ["o1", "o2", "m20"])
+
+    def test_slot_that_moves(self) -> None:
+        """B8: a build that goes on for another client is charged to that one."""
+        scheduler = Scheduler(lambda: 2)
+        first, second = scheduler.share(1, client=1), scheduler.share(1, client=2)
+        self.ask(first, "a")
+        scheduler.move(self.slots["a"], second)
+        self.ask(second, "b")
+        self.assertEqual((first.running, second.running, self.order), (0, 1, ["a"]))
+        scheduler.release(self.slots["a"])
+        self.assertEqual(self.order, ["a", "b"])
+
+    def test_closed(self) -> None:
+        """O20: once closed, nothing begins, whatever ends."""
+        scheduler = Scheduler(lambda: 1)
+        share = scheduler.share(1)
+        self.ask(share, "a")
+        self.ask(share, "b")
+        scheduler.close()
+        scheduler.release(self.slots["a"])
+        self.assertEqual((self.order, scheduler.running), (["a"], 0))
+        self.assertFalse(share.may_start(True))
+
+
+@dataclass
+class Model:
+    """What `Scheduler` must do, without regard to cost."""
+
+    limit: int
+    jobs: list[int]
+    clients: list[int]
+    waiting: list[tuple[int, int, int]] = field(default_factory=list)
+    """Share, priority, number."""
+    running: list[tuple[int, int]] = field(default_factory=list)
+    """Share, number."""
+    grants: list[tuple[int, int]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        while len(self.running) < self.limit:
+            able = {share for share, _, _ in self.waiting if self.has_room(share)}
+            if not able:
+                return
+            chosen = min(able, key=self.claim)
+            ticket = min((p, n) for share, p, n in self.waiting if share == chosen)
+            self.waiting.remove((chosen, *ticket))
+            self.running.append((chosen, ticket[1]))
+            self.grants.append((chosen, ticket[1]))
+
+    def has_room(self, share: int) -> bool:
+        return sum(other == share for other, _ in self.running) < max(self.jobs[share], 1)
+
+    def claim(self, share: int) -> tuple[int, ...]:
+        """Return what is the smaller the better the claim of SHARE is."""
+        client = self.clients[share]
+
+        def last(mine: Callable[[int], bool]) -> int:
+            return max((n for n, (s, _) in enumerate(self.grants) if mine(s)), default=-1)
+
+        def running(mine: Callable[[int], bool]) -> int:
+            return sum(mine(other) for other, _ in self.running)
+
+        of_client: Callable[[int], bool] = lambda other: self.clients[other] == client  # noqa: E731
+        return (
+            running(of_client), last(of_client), running(share.__eq__), last(share.__eq__),
+            min(n for other, _, n in self.waiting if other == share),
+        )  # fmt: skip
+
+
+class ModelTests(SynchronousTestCase):
+    """B9: the order of all grants is that of a model."""
+
+    @settings(deadline=None, max_examples=150)
     @given(
-        st.integers(1, 4),
-        st.lists(st.integers(0, 3), min_size=1, max_size=4),
-        st.lists(st.integers(0, 3), max_size=40),
+        st.integers(1, 5),
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=5),
+        st.lists(
+            st.one_of(
+                st.tuples(st.just("ask"), st.integers(0, 4), st.integers(0, 3)),
+                st.tuples(st.sampled_from(["end", "leave"]), st.integers(0, 20), st.just(0)),
+            ),
+            max_size=50,
+        ),
     )
-    def test_everything_runs_once_within_limits(
-        self, limit: int, jobs: list[int], requests: list[int]
+    def test_against_the_model(
+        self,
+        limit: int,
+        shares: list[tuple[int, int]],
+        steps: list[tuple[str, int, int]],
     ) -> None:
-        """B9: whatever comes, limits hold, and all that may run does."""
+        """B9: limits hold and turns are fair, whatever is asked for, ends or is given up."""
         scheduler = Scheduler(lambda: limit)
-        shares = [scheduler.share(n) for n in jobs]
-        running: list[Slot] = []
-        expected = granted = 0
-        for index in requests:
-            share = shares[index % len(shares)]
-            expected += share.max_jobs > 0
-            share.acquire(_key("x")).addCallback(running.append)
-        while running:
-            self.assertLessEqual(len(running), limit)
-            for share in shares:
-                self.assertLessEqual(share.running, share.max_jobs)
-            granted += 1
-            scheduler.release(running.pop(0))
-        self.assertEqual(granted, expected)
+        real = [scheduler.share(jobs, client) for jobs, client in shares]
+        model = Model(limit, [jobs for jobs, _ in shares], [client for _, client in shares])
+        granted: list[tuple[int, int]] = []
+        slots: dict[int, Slot] = {}
+        tickets: dict[int, Deferred[None]] = {}
+
+        def asked(share: int, number: int) -> Callable[[Slot], None]:
+            def grant(slot: Slot) -> None:
+                granted.append((share, number))
+                slots[number] = slot
+                tickets.pop(number, None)
+
+            return grant
+
+        for number, (what, which, priority) in enumerate(steps):
+            if what == "ask":
+                share = which % len(shares)
+                local = model.jobs[share] == 0 and priority < 2
+                if model.jobs[share] or local:
+                    model.waiting.append((share, priority, number))
+                ticket = real[share].acquire((priority,), local)
+                ticket = ticket.addCallback(asked(share, number))
+                if not ticket.called:
+                    tickets[number] = ticket
+            elif what == "end" and slots:
+                ended = sorted(slots)[which % len(slots)]
+                model.running = [entry for entry in model.running if entry[1] != ended]
+                scheduler.release(slots.pop(ended))
+            elif what == "leave" and tickets:
+                left = sorted(tickets)[which % len(tickets)]
+                model.waiting = [entry for entry in model.waiting if entry[2] != left]
+                ticket = tickets.pop(left)
+                ticket.cancel()
+                self.failureResultOf(ticket, CancelledError)
+            model.settle()
+            self.assertEqual(granted, model.grants)
+            self.assertEqual(scheduler.running, len(model.running))
+        for share in real:
+            share.close()
+        self.assertEqual((scheduler._clients, scheduler._waiting), ({}, {}))
 
 
 class ClaimTests(SynchronousTestCase):
