@@ -22,6 +22,7 @@ from guixd.formats import hashes
 from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import HashMismatch
+from guixd.store.links import Links
 from guixd.store.trees import (
     InodesSeen,
     canonicalise,
@@ -75,6 +76,8 @@ class Harvest:
     owner: int | None
     wanted: Mapping[str, Output]
     candidates: frozenset[StorePath]
+    links: Links | None = None
+    """Where files are shared with equal ones of the store; closed in the end."""
     mismatches: list[str] = field(default_factory=list)
     """Trace lines to send before the failure."""
     _seen: InodesSeen = field(default_factory=set)
@@ -103,6 +106,8 @@ class Harvest:
         for fd in self._opened:
             os.close(fd)
         self._opened.clear()
+        if self.links is not None:
+            self.links.close()
 
     def is_small(self) -> bool:
         """Whether the other methods take but a moment; a directory may hold anything."""
@@ -199,7 +204,7 @@ class Harvest:
             canonicalise(staging, base, self.owner, self._seen)
         except BuildError as error:
             raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
-        scanned = hash_and_scan(staging, base, parts)
+        scanned = hash_and_scan(staging, base, parts, self.links)
         if output.is_fixed:
             self._check_hash(staging, output, scanned.digest)
         return Made(

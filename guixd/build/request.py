@@ -59,6 +59,7 @@ class ClientOptions:
     rounds: int = 1
     use_substitutes: bool = True
     offload: bool = True
+    deduplicate: bool = True
     client_uid: int | None = None
     """Owner of kept build trees; `None` without peer credentials."""
     client_gid: int | None = None

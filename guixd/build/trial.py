@@ -27,6 +27,7 @@ from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildStarted
 from guixd.sandbox.spec import SandboxSpec
+from guixd.store.links import Links
 from guixd.store.trees import remove
 
 _log = Logger()
@@ -201,6 +202,7 @@ class Trial:
             owner=self._user.uid if self._user is not None else None,
             wanted=self._wanted,
             candidates=inputs | set(job.drv.output_paths),
+            links=Links(store) if job.options.deduplicate else None,
         )
         if isinstance(reason.value, ProcessTerminated):
             if self._contained:
@@ -210,6 +212,8 @@ class Trial:
         try:
             with harvest:
                 await finish(harvest)
+            for note in harvest.links.notes if harvest.links is not None else ():
+                job.say.log(Level.INFO, note)
         except BuildFailure:
             for line in harvest.mismatches:
                 job.say.trace(line)

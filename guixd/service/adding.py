@@ -14,6 +14,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from guixd.build.request import Level
 from guixd.build.threads import Threads
 from guixd.errors import BadArchive, Busy
 from guixd.formats import operations as op
@@ -22,6 +23,7 @@ from guixd.formats.wire import encode_string
 from guixd.service.connection import Connection
 from guixd.service.session import Handlers, QuickHandlers, QuietError, Session
 from guixd.store.addition import Addition
+from guixd.store.links import SMALLEST, Links
 
 INLINE = 32 * 1024
 """Most bytes of an archive that are taken in by the reactor's thread."""
@@ -114,7 +116,8 @@ def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, 
     # It is still part of the arguments, so that nothing may be sent.
     session.log.working = False
     store = session.store
-    addition = store.begin_addition(request.name, request.algorithm, request.recursive)
+    links = _links(session)
+    addition = store.begin_addition(request.name, request.algorithm, request.recursive, links=links)
     intake = Intake(session.connection, addition, session.daemon.threads)
     session.connection.take_over(intake)
     # Reading a derivation, and those it builds on, can take long.
@@ -154,23 +157,50 @@ async def _add_later(session: Session, addition: Addition, intake: Intake) -> St
 def _commit(session: Session, addition: Addition) -> StorePath:
     """Make the item of a complete ADDITION valid."""
     session.log.working = True
-    return session.store.commit_addition(addition, session.roots)
+    path = session.store.commit_addition(addition, session.roots)
+    _tell(session, addition.links)
+    return path
+
+
+def _links(session: Session, size: int = SMALLEST) -> Links | None:
+    """Return where an item of SIZE bytes is shared with equal ones, if it shall be."""
+    if size < SMALLEST or not session.options.deduplicate:
+        return None
+    return Links(session.store.directory.path)
+
+
+def _tell(session: Session, links: Links | None) -> None:
+    """Tell the client what kept files from being shared."""
+    if links is not None:
+        links.close()
+        for note in links.notes:
+            session.log.log(Level.INFO, note)
 
 
 def add_text(
     session: Session, request: op.AddTextToStore
 ) -> StorePath | Coroutine[Any, Any, StorePath]:
     """Add a file whose contents and references the client names."""
-    path = session.store.try_add_text(request.name, request.text, request.references, session.roots)
+    path = _try_add_text(session, request)
     return _add_slow_text(session, request) if path is None else path
+
+
+def _try_add_text(session: Session, request: op.AddTextToStore) -> StorePath | None:
+    text = request.text
+    links = _links(session, len(text))
+    try:
+        return session.store.try_add_text(
+            request.name, text, request.references, session.roots, links
+        )
+    finally:
+        _tell(session, links)
 
 
 def quick_add_text(session: Session, request: op.AddTextToStore) -> bytes | None:
     """Add a small text that is no derivation."""
-    name, text = request.name, request.text
-    if name.endswith(DERIVATION_SUFFIX):
+    if request.name.endswith(DERIVATION_SUFFIX):
         return None
-    path = session.store.try_add_text(name, text, request.references, session.roots)
+    path = _try_add_text(session, request)
     if path is None:
         return None
     session.daemon.tidy()
@@ -182,7 +212,11 @@ async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StoreP
     prepared = await session.daemon.threads(
         store.prepare_text, request.name, request.text, request.references
     )
-    return await session.when_free(lambda: store.commit_text(prepared, session.roots))
+    links = _links(session, len(request.text))
+    try:
+        return await session.when_free(lambda: store.commit_text(prepared, session.roots, links))
+    finally:
+        _tell(session, links)
 
 
 QUICK: QuickHandlers = {op.AddTextToStore: quick_add_text}

@@ -174,6 +174,11 @@ class SessionOptions:
         return bool(self._typed("build-use-substitutes", self.settings.use_substitutes))
 
     @property
+    def deduplicate(self) -> bool:
+        """Whether files that are added or built are shared with equal ones."""
+        return bool(self._typed("auto-optimise-store", self.settings.deduplicate))
+
+    @property
     def multiplexed(self) -> bool:
         """Whether builder output is marked with the builder's process id."""
         return bool(self._typed("multiplexed-build-output", False))
@@ -210,6 +215,7 @@ class SessionOptions:
             rounds=max(1, rounds),
             use_substitutes=self.use_substitutes,
             offload=self.offload,
+            deduplicate=self.deduplicate,
             client_uid=uid,
             client_gid=gid,
         )

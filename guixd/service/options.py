@@ -244,7 +244,6 @@ def not_effective(settings: Settings) -> tuple[str, ...]:
         "discovery": settings.discover,
         "caching of failures": settings.cache_failures,
         "rounds": settings.rounds > 1,
-        "deduplication": settings.deduplicate,
         "isolation of the host's loopback": settings.isolate_host_loopback,
         "garbage collection": True,
     }

@@ -13,6 +13,7 @@ from guixd.errors import BadArchive, GuixdError, StoreError
 from guixd.formats import hashes, nar
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import DERIVATION_SUFFIX, StoreDirectory, StorePath, check_name
+from guixd.store.links import Links
 from guixd.store.removal import remove_path
 from guixd.store.restore import TreeWriter
 
@@ -28,6 +29,7 @@ class Addition:
     :ivar complete: whether the archive has been read to its end.
     :ivar nar_hash: sha256 of the archive that the files make; once complete.
     :ivar nar_size: the size of that archive in bytes; once complete.
+    :ivar links: where its files are shared with equal ones, if they are.
     :ivar derivation: what was read from it, if it is a derivation that was read and checked.
     """
 
@@ -39,6 +41,7 @@ class Addition:
         algorithm: str,
         recursive: bool,
         *,
+        links: Links | None = None,
         refused: GuixdError | None = None,
     ) -> None:
         """Prepare for an archive.
@@ -47,6 +50,7 @@ class Addition:
         :param name: the wanted name; tested here, reported by `result`.
         :param algorithm: of the hash in the name; tested likewise.
         :param recursive: whether the hash is that of the archive, not of a file's contents.
+        :param links: where the files are shared with equal ones; closed in the end.
         :param refused: why nothing is to be written; reported by `result`.
         """
         self.staging = staging
@@ -61,7 +65,8 @@ class Addition:
         self._path: StorePath | None = None
         self._received = hashlib.sha256()
         self._wanted: hashes.Hash | None = None  # the hash in the name, if another one
-        self._writer = TreeWriter(None, staging)
+        self.links = links
+        self._writer = TreeWriter(None, staging, links)
         self._error: GuixdError | None = None
         try:
             if refused is not None:
@@ -115,11 +120,17 @@ class Addition:
                     self.nar_hash = self._file.plain.digest()
                     self.nar_size = nar.file_size(self._file.size)
             self._writer.finish()
+            self._writer.share_root(self.nar_hash)
             digest = self.nar_hash if self._wanted is None else self._wanted.digest()
             self._path = self._store.fixed_path(self.name, self._algorithm, self._recursive, digest)
         except GuixdError as error:
             self._error = error
-            self._writer.close()
+        self._close()
+
+    def _close(self) -> None:
+        self._writer.close()
+        if self.links is not None:
+            self.links.close()
 
     def result(self) -> StorePath:
         """Return the path of the item, whose files are complete in the staging place.
@@ -150,7 +161,7 @@ class Addition:
 
         :raises StoreError: that failed.
         """
-        self._writer.close()
+        self._close()
         remove_path(self.staging)
 
 

@@ -13,6 +13,7 @@ from guixd.formats import nar
 from guixd.formats.hashes import Hash
 from guixd.formats.references import Scanner
 from guixd.store.descent import Descent
+from guixd.store.links import Links, end_key, is_shared, start_key
 
 Block = bytes | memoryview
 _BLOCK = 256 * 1024  # fits the processor's cache
@@ -31,18 +32,25 @@ class Measured:
     """The hash parts that occur in it, of those looked for."""
 
 
-def dump(dir_fd: int | None, name: str, write: Callable[[Block], object]) -> int:
+def dump(
+    dir_fd: int | None,
+    name: str,
+    write: Callable[[Block], object],
+    links: Links | None = None,
+) -> int:
     """Give the archive of NAME in the directory DIR_FD to WRITE, in blocks up to 256 KiB.
 
     A block is good only until WRITE returns.  A file that grows meanwhile is cut.
 
     :param dir_fd: None if NAME is a file name whose directories can be trusted.
+    :param links: where the files are shared with equal ones, in the same pass; the tree
+        must have the form of the store.
     :return: size of the archive in bytes.
     :raises StoreError: an unsupported type, a file that cannot be read or shrank; the
         text names it.
     """
     with Descent(dir_fd) as down:
-        return _Dump(down, write).run(name)
+        return _Dump(down, write, links).run(name)
 
 
 def dump_path(path: str, write: Callable[[Block], object]) -> int:
@@ -50,9 +58,15 @@ def dump_path(path: str, write: Callable[[Block], object]) -> int:
     return dump(None, path, write)
 
 
-def hash_and_scan(dir_fd: int | None, name: str, hash_parts: Iterable[str] = ()) -> Measured:
+def hash_and_scan(
+    dir_fd: int | None,
+    name: str,
+    hash_parts: Iterable[str] = (),
+    links: Links | None = None,
+) -> Measured:
     """Hash the archive of NAME and look for HASH_PARTS in it, in one pass.
 
+    :param links: as for `dump`.
     :raises StoreError: as for `dump`.
     """
     digest = hashlib.sha256()
@@ -62,7 +76,7 @@ def hash_and_scan(dir_fd: int | None, name: str, hash_parts: Iterable[str] = ())
         digest.update(block)
         scanner.update(block)
 
-    size = dump(dir_fd, name, take if scanner.wanted else digest.update)
+    size = dump(dir_fd, name, take if scanner.wanted else digest.update, links)
     return Measured(digest.digest(), size, frozenset(scanner.found))
 
 
@@ -94,9 +108,13 @@ def hash_file(dir_fd: int | None, name: str, digest: Hash) -> os.stat_result:
 class _Dump:
     """One serialisation in progress."""
 
-    def __init__(self, down: Descent, write: Callable[[Block], object]) -> None:
+    def __init__(
+        self, down: Descent, write: Callable[[Block], object], links: Links | None
+    ) -> None:
         self._down = down
         self._write = write
+        self._links = links
+        self._key: Hash | None = None
         self._pieces: list[bytes] = []  # not yet written
         self._gathered = 0
         self._total = 0
@@ -150,18 +168,26 @@ class _Dump:
             if not stat.S_ISREG(status.st_mode):
                 raise StoreError(f"file '{self._down.path(name)}' has an unsupported type")
             size = status.st_size
-            self._put(nar.file_header(size, bool(status.st_mode & stat.S_IXUSR)))
+            executable = bool(status.st_mode & stat.S_IXUSR)
+            if self._links is not None and is_shared(status):
+                self._key = start_key(size, executable)
+            self._put(nar.file_header(size, executable))
             done = self._small(fd, size) if size <= _BLOCK // 4 else self._large(fd, size)
         finally:
             os.close(fd)
         if done < size:
             raise StoreError(f"file '{self._down.path(name)}' shrank while it was read")
         self._put(nar.padding(size) + nar.CLOSE)
+        if self._links is not None and self._key is not None:
+            key, self._key = end_key(self._key, size), None
+            self._links.share(self._down.fd, name, key, status)
 
     def _small(self, fd: int, size: int) -> int:
         done = 0
         while done < size and (contents := os.read(fd, size - done)):
             self._put(contents)
+            if self._key is not None:
+                self._key.update(contents)
             done += len(contents)
         return done
 
@@ -175,6 +201,8 @@ class _Dump:
             if not got:
                 break
             self._write(self._buffer[:got])
+            if self._key is not None:
+                self._key.update(self._buffer[:got])
             done += got
         self._total += done
         return done

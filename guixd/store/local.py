@@ -26,6 +26,7 @@ from guixd.store.addition import Addition
 from guixd.store.database import Database
 from guixd.store.derivations import Derivations, Read, Sparingly, TooMany, contents
 from guixd.store.items import Registration
+from guixd.store.links import Links
 from guixd.store.locks import FileLock, PathLocks
 from guixd.store.queries import Queries
 from guixd.store.roots import TempRoots
@@ -214,13 +215,19 @@ class LocalStore:
     # --- adding -----------------------------------------------------------------
 
     def add_text(
-        self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
+        self,
+        name: str,
+        text: bytes,
+        references: Collection[StorePath],
+        session: TempRoots,
+        links: Links | None = None,
     ) -> StorePath:
         """Add a file with the contents TEXT (op 8).
 
         This takes as long as it takes; see `try_add_text`.
 
         :param session: the temporary roots that protect the item.
+        :param links: where the file is shared with equal ones.
         :raises BadName: NAME has characters that are not allowed.
         :raises BadDerivation: NAME ends in `.drv` and TEXT is not what that must be.
         :raises BadHash: so does a fixed output's hash.
@@ -229,10 +236,15 @@ class LocalStore:
         """
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
-        return self._add_text(path, text, references, sparing=False)
+        return self._add_text(path, text, references, links, sparing=False)
 
     def try_add_text(
-        self, name: str, text: bytes, references: Collection[StorePath], session: TempRoots
+        self,
+        name: str,
+        text: bytes,
+        references: Collection[StorePath],
+        session: TempRoots,
+        links: Links | None = None,
     ) -> StorePath | None:
         """Do what `add_text` does, unless it would keep the reactor for long.
 
@@ -244,22 +256,29 @@ class LocalStore:
         path = self.directory.text_path(name, hashlib.sha256(text).digest(), references)
         session.add(path)
         try:
-            return self._add_text(path, text, references, sparing=True)
+            return self._add_text(path, text, references, links, sparing=True)
         except TooMany:
             return None
 
     def _add_text(
-        self, path: StorePath, text: bytes, references: Collection[StorePath], *, sparing: bool
+        self,
+        path: StorePath,
+        text: bytes,
+        references: Collection[StorePath],
+        links: Links | None,
+        *,
+        sparing: bool,
     ) -> StorePath:
         if path.is_derivation:
             if not self.database.is_valid(path):
                 read: Read = self._read_input
                 if sparing:
                     read = Sparingly(read, self._derivations)
-                self._commit_text(self._prepare_text(path, text, references, read))
+                self._commit_text(self._prepare_text(path, text, references, read), links)
         # The database need not be asked about others: files of valid items are there already.
         elif not (self.database.is_known_valid if self._alone else self.database.is_valid)(path):
-            self._commit_text(self._prepare_text(path, text, references, self._read_input))
+            prepared = self._prepare_text(path, text, references, self._read_input)
+            self._commit_text(prepared, links)
         return path
 
     def prepare_text(
@@ -278,10 +297,12 @@ class LocalStore:
         finally:
             queries.close()
 
-    def commit_text(self, prepared: PreparedText, session: TempRoots) -> StorePath:
+    def commit_text(
+        self, prepared: PreparedText, session: TempRoots, links: Links | None = None
+    ) -> StorePath:
         """Add what `prepare_text` returned; what is raised is as in `add_text`."""
         session.add(prepared.item.path)
-        self._commit_text(prepared)
+        self._commit_text(prepared, links)
         return prepared.item.path
 
     def _prepare_text(
@@ -295,13 +316,16 @@ class LocalStore:
         item = Registration(path, digest, file_size(len(text)), frozenset(references))
         return PreparedText(item, text, drv)
 
-    def _commit_text(self, prepared: PreparedText) -> None:
+    def _commit_text(self, prepared: PreparedText, links: Links | None) -> None:
         item, drv = prepared.item, prepared.derivation
         path = item.path
         locks, done = self._exclude(path), False
         try:
             if _write_item(path, prepared.text, self.database.is_valid):
                 try:
+                    if links is not None:
+                        status = os.stat(path, follow_symlinks=False)
+                        links.share(None, path, item.nar_hash, status)
                     self.database.add(item, drv)
                 except BaseException:
                     os.unlink(path)
@@ -335,7 +359,12 @@ class LocalStore:
             locks.release(delete=valid)
 
     def begin_addition(
-        self, name: str, algorithm: str, recursive: bool, session: TempRoots | None = None
+        self,
+        name: str,
+        algorithm: str,
+        recursive: bool,
+        session: TempRoots | None = None,
+        links: Links | None = None,
     ) -> Addition:
         """Begin to receive an item whose name follows from its contents (op 7).
 
@@ -344,6 +373,7 @@ class LocalStore:
         something of it is there, with `discard_addition`.
 
         :param session: not needed; the name is protected by roots of our own.
+        :param links: where the files are shared with equal ones.
         :raises Busy: another process collects.
         """
         try:
@@ -354,7 +384,7 @@ class LocalStore:
             # The archive must be read all the same, to find the next request behind it.
             return Addition(self.directory, "", name, algorithm, recursive, refused=error)
         self._staged.add(staging)
-        return Addition(self.directory, staging, name, algorithm, recursive)
+        return Addition(self.directory, staging, name, algorithm, recursive, links=links)
 
     def commit_addition(self, addition: Addition, session: TempRoots) -> StorePath:
         """Make what a complete ADDITION received valid.

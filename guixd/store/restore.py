@@ -6,8 +6,10 @@ import os
 import time
 
 from guixd.errors import StoreError
+from guixd.formats.hashes import Hash
 from guixd.store.canonical import STORE_TIME
 from guixd.store.descent import DIRECTORY_FLAGS, Descent
+from guixd.store.links import SMALLEST, Links, end_key, start_key
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHECKED_SIZE = 1 << 20  # bytes; the free space is asked for from this size of a file
@@ -23,10 +25,12 @@ class TreeWriter:
     :ivar error: the first error, None so far.
     """
 
-    def __init__(self, dir_fd: int | None, name: str) -> None:
+    def __init__(self, dir_fd: int | None, name: str, links: Links | None = None) -> None:
         """Prepare to create NAME in the directory DIR_FD (which stays the caller's).
 
         :param dir_fd: None if NAME is a file name whose directories can be trusted.
+        :param links: where files are shared with others at once, in the same pass; but
+            see `share_root`.
         """
         self.error: StoreError | None = None
         self._down = Descent(dir_fd)
@@ -34,6 +38,10 @@ class TreeWriter:
         self._file = -1
         self._name = b""
         self._mode = 0
+        self._links = links
+        self._size = 0
+        self._key: Hash | None = None
+        self._is_file = False
         self._times = (time.time_ns(), STORE_TIME)
 
     def directory(self, name: bytes) -> None:
@@ -62,6 +70,10 @@ class TreeWriter:
 
     def file(self, name: bytes, executable: bool, size: int) -> None:
         if self.error is None:
+            if size >= SMALLEST and name and self._links is not None:
+                self._key = start_key(size, executable)
+            self._is_file = not name
+            self._size = size
             self._name = name = name or self._root
             self._mode = mode = 0o555 if executable else 0o444
             try:
@@ -73,6 +85,8 @@ class TreeWriter:
 
     def data(self, view: memoryview) -> None:
         if self.error is None:
+            if self._key is not None:
+                self._key.update(view)
             try:
                 done = os.write(self._file, view)
                 while done < len(view):
@@ -88,8 +102,34 @@ class TreeWriter:
                 os.utime(fd, ns=self._times)
                 self._file = -1
                 os.close(fd)
+                if self._key is not None:
+                    self._share(self._down.fd, self._key)
             except OSError as error:
                 self._fail(self._name, error)
+            except StoreError as error:
+                self.error = error
+                self.close()
+
+    def _share(self, dir_fd: int | None, key: Hash) -> None:
+        assert self._links is not None
+        self._key = None
+        status = os.stat(self._name, dir_fd=dir_fd, follow_symlinks=False)
+        self._links.share(dir_fd, self._name, end_key(key, self._size), status)
+
+    def share_root(self, nar_hash: bytes) -> None:
+        """Share the file that is the whole archive, if it is one, after `finish`.
+
+        It is the caller who knows its key.
+
+        :param nar_hash: the sha256 of the archive that the file makes.
+        :raises StoreError: the file system refuses.
+        """
+        if self._links is not None and self._is_file and self._size >= SMALLEST:
+            try:
+                status = os.stat(self._root, dir_fd=self._down.fd, follow_symlinks=False)
+            except OSError as error:
+                raise StoreError(f"cannot share '{self._name!r}': {error.strerror}") from error
+            self._links.share(self._down.fd, self._root, nar_hash, status)
 
     def symlink(self, name: bytes, target: bytes) -> None:
         if self.error is None:

@@ -19,6 +19,7 @@ from guixd.errors import SandboxError
 from guixd.formats import derivation
 from guixd.formats import operations as op
 from guixd.formats.derivation import Derivation, HashCache, Output
+from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
 from guixd.service.builder import SandboxBuilder
 from guixd.service.daemon import Daemon
@@ -115,7 +116,12 @@ class ContainerTests(RealCase):
 
 
 class PlayedCase(RealCase):
-    """The builder is played by the test."""
+    """The builder is played by the test.
+
+    :cvar made: what it makes.
+    """
+
+    made = "made\n"
 
     def make(self, **options: Any) -> TemporaryDaemon:
         users = UidRange(FIRST_UID, 2, 64001) if os.geteuid() == 0 else None
@@ -125,7 +131,7 @@ class PlayedCase(RealCase):
         def run(process: FakeProcess) -> None:
             process.write_log(b"hello\n")
             out = Path(dict(process.spec.environment)["out"])
-            out.write_text("made\n")
+            out.write_text(self.made)
             out.chmod(0o644)
             if process.spec.ids is not None:
                 os.chown(out, process.spec.ids.uid, process.spec.ids.gid)
@@ -139,7 +145,7 @@ class PlayedCase(RealCase):
         await client.set_options(set_options())
         drv, out = await self.derive(client, "x", "true")
         await client.build_paths([drv])
-        self.assertEqual(Path(out).read_text(), "made\n")
+        self.assertEqual(Path(out).read_text(), self.made)
         return drv
 
 
@@ -234,12 +240,40 @@ class SystemTests(PlayedCase):
 
 
 class LinksTests(PlayedCase):
+    made = "x" * 10000
+
+    async def test_deduplication(self) -> None:
+        """S17: what is added as a text or an archive, and what is built, is one file."""
+        client = await self.client()
+        text = await client.add_text("x", b"x" * 10000)
+        archive = await client.add_nar("y", [nar_of_file(b"x" * 10000)])
+        flat = await client.add_nar("z", [nar_of_file(b"x" * 10000)], recursive=False)
+        drv = await self.build()
+        (out,) = await client.derivation_outputs(drv)
+        for path in text, archive, flat, out:
+            self.assertEqual(os.stat(path).st_nlink, 5)
+            self.assertEqual(os.stat(path).st_ino, os.stat(text).st_ino)
+
+    async def test_setting(self) -> None:
+        """O19: a client that is trusted may turn it off."""
+        client = await self.client()
+        await client.set_options(set_options(("auto-optimise-store", "false")))
+        await client.add_text("x", b"x" * 10000)
+        await client.add_nar("y", [nar_of_file(b"x" * 10000)])
+        drv, _ = await self.derive(client, "z", "true")
+        await client.build_paths([drv])
+        self.assertEqual(os.listdir(self.store.path + "/.links"), [])
+
+
+class NoLinksTests(PlayedCase):
     options = {"deduplicate": False}
+    made = "x" * 10000
 
     async def test_no_deduplication(self) -> None:
         """O19: nothing is put into the pool of links."""
         client = await self.client()
         await client.add_text("x", b"x" * 10000)
+        await client.add_nar("y", [nar_of_file(b"x" * 10000)])
         await self.build()
         self.assertEqual(os.listdir(self.store.path + "/.links"), [])
 
