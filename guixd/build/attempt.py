@@ -7,21 +7,20 @@ from collections.abc import Callable, Mapping
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 
-from guixd.build.broadcast import Broadcast
 from guixd.build.builder import Builder
 from guixd.build.constraints import check_references, has_rules
 from guixd.build.job import Job
 from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest, Made
 from guixd.build.plan import BUSY_RETRY
-from guixd.build.request import ClientOptions, Level
+from guixd.build.request import Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
 from guixd.build.threads import inline
 from guixd.build.trial import Trial
 from guixd.build.users import BuildUser
 from guixd.build.workshop import Workshop
 from guixd.errors import Busy, GuixdError, ReferencesCycle
-from guixd.formats.derivation import Derivation, Output
+from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildFailed, BuildSucceeded, BuildTimedOut
 from guixd.store.items import Registration
@@ -35,20 +34,13 @@ LOCK_RETRY = 1.0
 class Attempt:
     """One build.  `run` is called once; `cancel` may be called at any time."""
 
-    def __init__(
-        self,
-        workshop: Workshop,
-        path: StorePath,
-        drv: Derivation,
-        options: ClientOptions,
-        broadcast: Broadcast,
-    ) -> None:
+    def __init__(self, workshop: Workshop, job: Job) -> None:
         self._shop = workshop
-        self._job = Job(path, drv, options, broadcast)
+        self._job = job
         self._user: BuildUser | None = None
         self._contained = workshop.settings.use_chroot
         self._builder = Builder(
-            workshop.reactor, workshop.launcher, broadcast.output, contained=self._contained
+            workshop.launcher, job.say.output, job.patience, contained=self._contained
         )
         self._vacate: Callable[[], None] = lambda: None
         self._valid = False

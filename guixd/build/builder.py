@@ -7,14 +7,12 @@ from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from guixd.build.request import ClientOptions
+from guixd.build.patience import Patience
 from guixd.build.users import BuildUser
-from guixd.build.watchdog import Watchdog
 
 _log = Logger()
 
@@ -31,45 +29,39 @@ class Builder(ProcessProtocol):
     """The protocol of one builder.
 
     :param output: called with what the builder writes.
+    :param patience: told what the builder does; kills it when nobody waits any longer.
     :param contained: whether all of its processes end with it.
     :ivar expired: which limit the builder broke; empty if none.
     """
 
     def __init__(
         self,
-        clock: IReactorTime,
         launcher: Launcher,
         output: Callable[[bytes], None],
+        patience: Patience[Any],
         *,
         contained: bool,
     ) -> None:
         self.expired = ""
-        self._clock = clock
         self._launcher = launcher
         self._output = output
+        self._patience = patience
         self._contained = contained
         self._user: BuildUser | None = None
         self._process: Any = None
-        self._watchdog: Watchdog | None = None
         self._holders: set[str] = set()
         self._killed = False
         self._killing: Deferred[None] | None = None
         self._ended: Deferred[tuple[Failure]] = Deferred()
 
-    def begin(self, process: Any, user: BuildUser | None, options: ClientOptions) -> None:
-        """Watch over the transport PROCESS, whose set-up is done, as OPTIONS say.
+    def begin(self, process: Any, user: BuildUser | None) -> None:
+        """Watch over the transport PROCESS, whose set-up is done.
 
         :param user: who it runs as; `None` for the daemon's own user.
         """
         self._process = process
         self._user = user
-        self._watchdog = Watchdog(
-            self._clock,
-            self._expire,
-            silence=options.max_silent_time,
-            total=options.timeout,
-            size=options.max_log_size,
-        )
+        self._patience.begin(self._expire)
         if self._holders:
             self._hold(True)
 
@@ -82,8 +74,7 @@ class Builder(ProcessProtocol):
             (reason,) = await self._ended
             return reason
         finally:
-            if self._watchdog is not None:
-                self._watchdog.stop()
+            self._patience.end()
             self._process = None
             if self._killing is not None:
                 # Else it could go on when the next build has this user.
@@ -103,8 +94,7 @@ class Builder(ProcessProtocol):
     def _hold(self, on: bool) -> None:
         if self._process is not None:
             (self._process.pauseProducing if on else self._process.resumeProducing)()
-        if self._watchdog is not None:
-            self._watchdog.hold(on)
+        self._patience.hold(on)
 
     def kill(self) -> None:
         """Kill it if it runs; what it wrote before is still read."""
@@ -133,8 +123,7 @@ class Builder(ProcessProtocol):
         self.kill()
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        if self._watchdog is not None:
-            self._watchdog.heard(len(data))
+        self._patience.heard(len(data))
         self._output(data)
 
     def processEnded(self, reason: Failure) -> None:

@@ -119,14 +119,15 @@ class Engine:
         self, goal: Goal, request: RequestRun, observer: Observer, share: Share
     ) -> tuple[SharedBuild, Attachment]:
         """Let REQUEST take part in the build of GOAL, which begins now if it does not run."""
+        options = request.request.options
         build = self._builds.get(goal.path)
         if build is not None and not build.abandoned:
-            return build, build.attach(observer, share, goal.priority, request.changed)
+            return build, build.attach(observer, options, share, goal.priority, request.changed)
         assert goal.drv is not None
-        build = SharedBuild(self._common, goal.path, goal.drv, request.request.options)
+        build = SharedBuild(self._common, goal.path, goal.drv, options)
         self._builds[goal.path] = build
         self._ending.add(build)
-        attachment = build.attach(observer, share, goal.priority, request.changed)
+        attachment = build.attach(observer, options, share, goal.priority, request.changed)
         build.ended.addCallback(self._forget, build)
         build.start()
         return build, attachment

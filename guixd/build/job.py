@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 
 from guixd.build.broadcast import Broadcast
+from guixd.build.patience import Patience
 from guixd.build.request import ClientOptions
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
@@ -57,12 +58,19 @@ class Interest:
 class Job:
     """One derivation to build.
 
-    :ivar options: of the client that came first.
     :ivar say: tells all clients.
+    :ivar patience: how long they wait.
+    :ivar wishes: returns what they want now, see `options`.
     """
 
     path: StorePath
     drv: Derivation
-    options: ClientOptions
     say: Broadcast
+    patience: Patience[Any]
+    wishes: Callable[[], ClientOptions]
     interest: Interest = field(default_factory=Interest)
+
+    @property
+    def options(self) -> ClientOptions:
+        """Those of the client that came first, but for who gets a build tree that is kept."""
+        return self.wishes()

@@ -1,14 +1,14 @@
 """One derivation being built, for all clients that want it (build.md §4).
 
 It waits for its outputs and a slot, runs an attempt, and tells everybody the
-result.  The options of the client that came first count.  When the last client
-leaves, the build is given up.
+result.  What the builder gets is as the client that came first wants it; each client's
+limits of time count for that client.  When the last client leaves, the build is given up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
@@ -19,12 +19,16 @@ from guixd.build.broadcast import Broadcast, Follower, Observer
 from guixd.build.claims import Claims
 from guixd.build.container import is_native
 from guixd.build.durations import Durations
+from guixd.build.job import Job
+from guixd.build.patience import Patience
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status, result_of
 from guixd.build.scheduler import Priority, Scheduler, Share, Slot
+from guixd.build.verdicts import timed_out
 from guixd.build.workshop import Workshop
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
+from guixd.formats.trace import BuildTimedOut
 
 _log = Logger()
 
@@ -36,7 +40,9 @@ class Attachment:
     :ivar result: fires with the `Result` after all of the log was passed on.
     """
 
+    observer: Observer
     follower: Follower
+    options: ClientOptions
     share: Share
     priority: Priority
     changed: Callable[[], None]
@@ -75,6 +81,7 @@ class SharedBuild:
         self._attachments: list[Attachment] = []
         self._result: Result | None = None
         self._broadcast = Broadcast(common.workshop.threads, self._hold)
+        self._patience = Patience(common.workshop.reactor, self._out_of_patience)
         self._attempt: Attempt | None = None
         self._waiting: Deferred[None] | None = None
         self._awaited: Deferred[Slot] | None = None
@@ -87,17 +94,25 @@ class SharedBuild:
     # --- clients --------------------------------------------------------------
 
     def attach(
-        self, observer: Observer, share: Share, priority: Priority, changed: Callable[[], None]
+        self,
+        observer: Observer,
+        options: ClientOptions,
+        share: Share,
+        priority: Priority,
+        changed: Callable[[], None],
     ) -> Attachment:
         """Let a client take part from now on; it is told all that went before.
 
+        :param options: its limits count for its own part, see `Patience`.
         :param share: a slot of which the build may use.
         :param priority: the place of the build in that share.
         :param changed: called when `stuck` may have changed.
         """
-        attachment = Attachment(self._broadcast.follow(observer), share, priority, changed)
-        attachment.follower.done.addCallback(lambda _: self._deliver(attachment))
+        follower = self._broadcast.follow(observer)
+        attachment = Attachment(observer, follower, options, share, priority, changed)
+        follower.done.addCallback(lambda _: self._deliver(attachment))
         self._attachments.append(attachment)
+        self._patience.join(attachment, options)
         if self._awaited is not None:
             self._queue(attachment)
         return attachment
@@ -107,6 +122,7 @@ class SharedBuild:
         if attachment not in self._attachments:
             return
         self._attachments.remove(attachment)
+        self._patience.leave(attachment)
         attachment.follower.leave()
         if attachment.ticket is not None:
             attachment.ticket.cancel()
@@ -130,6 +146,31 @@ class SharedBuild:
         if attachment in self._attachments and self._result is not None:
             self._attachments.remove(attachment)
             attachment.result.callback(self._result)
+
+    def _out_of_patience(self, attachment: Attachment, reason: str) -> None:
+        """Let a client go whose limits are over, while those of others are not."""
+        result = timed_out(self.path, reason).result
+        self.detach(attachment)
+        attachment.observer.log(Level.ERROR, result.text)
+        attachment.observer.trace(BuildTimedOut(self.path).line)
+        attachment.result.callback(result)
+
+    def _wishes(self) -> ClientOptions:
+        """Return the options that count for the build as a whole.
+
+        Those of the client that came first; but a failed build is kept if anybody still
+        here wants that, who then gets it.
+        """
+        options = (attachment.options for attachment in self._attachments)
+        keeper = next((each for each in options if each.keep_failed), None)
+        if keeper is None:
+            return replace(self._options, keep_failed=False)
+        return replace(
+            self._options,
+            keep_failed=True,
+            client_uid=keeper.client_uid,
+            client_gid=keeper.client_gid,
+        )
 
     @property
     def stuck(self) -> bool:
@@ -162,7 +203,8 @@ class SharedBuild:
 
     async def _build(self) -> Result:
         workshop = self._common.workshop
-        self._attempt = Attempt(workshop, self.path, self.drv, self._options, self._broadcast)
+        job = Job(self.path, self.drv, self._broadcast, self._patience, self._wishes)
+        self._attempt = Attempt(workshop, job)
         began = workshop.reactor.seconds()
         result = await self._attempt.run(self._vacate)
         if result.status is Status.BUILT:

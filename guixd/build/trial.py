@@ -16,10 +16,10 @@ from guixd.build.constraints import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
 from guixd.build.request import Level
-from guixd.build.results import BuildFailure, Status
+from guixd.build.results import BuildFailure
 from guixd.build.threads import inline
 from guixd.build.users import BuildUser
-from guixd.build.verdicts import builder_failed
+from guixd.build.verdicts import builder_failed, timed_out
 from guixd.build.workshop import Workshop
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import GuixdError
@@ -173,13 +173,13 @@ class Trial:
         log = job.say.log_file
         name = log.path if log is not None else ""
         job.say.trace(BuildStarted(job.path, job.drv.platform, name, process.pid).line)
-        builder.begin(process, self._user, job.options)
+        builder.begin(process, self._user)
         if job.interest.lost:
             builder.kill()
         reason = await builder.end()
         job.interest.check()
         if builder.expired:
-            raise BuildFailure(Status.TIMED_OUT, f"build of `{job.path}' {builder.expired}")
+            raise timed_out(job.path, builder.expired)
         return reason
 
     # --- after its end ----------------------------------------------------------------

@@ -10,6 +10,7 @@ from twisted.internet.error import ProcessTerminated
 from guixd.build.job import Job
 from guixd.build.request import Level
 from guixd.build.results import BuildFailure, Status
+from guixd.formats.path import StorePath
 from guixd.settings import Directories
 
 DISK_FULL = 8 << 20
@@ -31,6 +32,11 @@ def builder_failed(job: Job, reason: ProcessTerminated, directories: Directories
         Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
         f"builder for `{job.path}' {end}",
     )
+
+
+def timed_out(path: StorePath, reason: str) -> BuildFailure:
+    """Return what it means that the build of PATH broke a limit, as REASON says."""
+    return BuildFailure(Status.TIMED_OUT, f"build of `{path}' {reason}")
 
 
 def _disk_is_full(path: str) -> bool:
