@@ -75,6 +75,12 @@ class BadArchive(GuixdError):
     reason = "bad-archive"
 
 
+class BadNarinfo(GuixdError):
+    """What a server says of a substitute is malformed, or about something else."""
+
+    reason = "bad-narinfo"
+
+
 class BadDerivation(GuixdError):
     """A derivation does not parse, or lies about its outputs."""
 
