@@ -81,6 +81,22 @@ class BadNarinfo(GuixdError):
     reason = "bad-narinfo"
 
 
+class WrongHash(GuixdError):
+    """An archive is not the one that it should be.
+
+    :ivar expected: its hash in nix-base32; it has the hash `actual`.
+    """
+
+    reason = "wrong-hash"
+
+    def __init__(self, path: str, algorithm: str, expected: str, actual: str) -> None:
+        super().__init__(f"'{path}' should have the {algorithm} {expected}, but has {actual}")
+        self.path = path
+        self.algorithm = algorithm
+        self.expected = expected
+        self.actual = actual
+
+
 class BadDerivation(GuixdError):
     """A derivation does not parse, or lies about its outputs."""
 

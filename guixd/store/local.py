@@ -30,6 +30,7 @@ from guixd.store.links import Links
 from guixd.store.locks import FileLock, PathLocks
 from guixd.store.queries import Queries
 from guixd.store.roots import TempRoots
+from guixd.store.staging import Staging, unused_name
 
 INLINE_TEXT = 256 << 10
 """Up to this size in bytes a text is added in the reactor's thread."""
@@ -80,8 +81,7 @@ class LocalStore:
         self._alone = True  # as far as we know, nobody else has the big lock
         self._sessions: set[TempRoots] = set()
         self._own_roots: TempRoots | None = None
-        self._free_names: list[str] = []
-        self._staged: set[str] = set()
+        self._staging: Staging | None = None
         self._derivations = Derivations(self.directory)
         self._hashes: dict[StorePath, bytes] = {}
 
@@ -103,6 +103,7 @@ class LocalStore:
             self._big_lock.close()
             raise
         self._own_roots = self.temp_roots()
+        self._staging = Staging(self.directory, self._own_roots)
 
     @property
     def closed(self) -> bool:
@@ -112,8 +113,7 @@ class LocalStore:
     def close(self) -> None:
         """Give everything back.  No thread may still use the store."""
         self._own_roots = None
-        self._free_names.clear()
-        self._staged.clear()
+        self._staging = None
         for session in tuple(self._sessions):
             session.close()
         self.database.close()
@@ -213,6 +213,12 @@ class LocalStore:
         return layout.make_user_directory(self.directories.state, entry.pw_name, entry.pw_uid)
 
     # --- adding -----------------------------------------------------------------
+
+    @property
+    def staging(self) -> Staging:
+        """The names for what is not yet an item; from `open` to `close`."""
+        assert self._staging is not None
+        return self._staging
 
     def add_text(
         self,
@@ -377,13 +383,12 @@ class LocalStore:
         :raises Busy: another process collects.
         """
         try:
-            staging = self._staging_name()
+            staging = self.staging.take()
         except Busy:
             raise
         except StoreError as error:
             # The archive must be read all the same, to find the next request behind it.
             return Addition(self.directory, "", name, algorithm, recursive, refused=error)
-        self._staged.add(staging)
         return Addition(self.directory, staging, name, algorithm, recursive, links=links)
 
     def commit_addition(self, addition: Addition, session: TempRoots) -> StorePath:
@@ -437,8 +442,7 @@ class LocalStore:
                 except BaseException:
                     os.rename(path, addition.staging)
                     raise
-                self._staged.discard(addition.staging)
-                self._free_names.append(addition.staging)
+                self.staging.free(addition.staging)
             done = True
         finally:
             self._admit(locks, done)
@@ -447,14 +451,13 @@ class LocalStore:
 
     def is_left(self, addition: Addition) -> bool:
         """Whether something of ADDITION waits for `discard_addition`."""
-        return addition.staging in self._staged
+        return self._staging is not None and self._staging.has(addition.staging)
 
     def discard_addition(self, addition: Addition) -> None:
         """Remove what is left of ADDITION; may take long, for a thread."""
-        if addition.staging in self._staged:
+        if self.is_left(addition):
             addition.discard()
-            self._staged.discard(addition.staging)
-            self._free_names.append(addition.staging)
+            self.staging.free(addition.staging)
 
     def register(self, items: Collection[Registration]) -> None:
         """Make ITEMS valid, whose files are in place, all or none.
@@ -509,23 +512,6 @@ class LocalStore:
             raise PathNotValid(f"the input derivation '{path}' is not valid")
         return self._derivations.read(path)
 
-    def _staging_name(self) -> str:
-        if self._free_names:
-            return self._free_names.pop()
-        assert self._own_roots is not None
-        name = self.directory.child(_unused_name(self.directory.path))
-        self._own_roots.add(name)
-        return name
-
-
-def _unused_name(store: str) -> str:
-    """Return a base name for something that is not yet, or no longer, an item."""
-    while True:
-        # A process that ended in between may have had our number.
-        name = f"guixd-{os.getpid()}-{next(_numbers)}"
-        if not os.path.lexists(f"{store}/{name}"):
-            return name
-
 
 def _write_item(path: StorePath, text: bytes, is_valid: Callable[[StorePath], bool]) -> bool:
     """Make the file PATH, with the mode and time of all items, whatever is there.
@@ -574,4 +560,4 @@ def _clear(path: StorePath) -> None:
     except IsADirectoryError:
         # Removing a tree can take long.  Under its new name a collector removes it.
         store = os.path.dirname(path)
-        os.rename(path, f"{store}/{_unused_name(store)}")
+        os.rename(path, f"{store}/{unused_name(store)}")
