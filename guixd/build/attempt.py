@@ -20,6 +20,7 @@ from guixd.build.trial import Trial
 from guixd.build.users import BuildUser
 from guixd.build.workshop import Workshop
 from guixd.errors import Busy, GuixdError, ReferencesCycle
+from guixd.faults import reached
 from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildFailed, BuildSucceeded, BuildTimedOut
@@ -164,7 +165,9 @@ class Attempt:
         """Make the outputs valid."""
         made = await self._take_in(harvest)
         try:
+            reached("build.published")
             await self._register(made)
+            reached("build.registered")
         except BaseException:
             await self._shop.threads(_remove_all, [output.path for output in made])
             raise

@@ -18,6 +18,7 @@ from typing import Self
 
 from guixd.build.results import BuildFailure, Status
 from guixd.errors import BuildError, GuixdError, StoreError
+from guixd.faults import reached
 from guixd.formats import hashes
 from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
@@ -138,8 +139,10 @@ class Harvest:
         outputs = [output for _, output in sorted(self.wanted.items())]
         for output in outputs:
             self._take(output.path)
+            reached("outputs.taken")
         parts = {path.hash_part: path for path in self.candidates}
         made = tuple(self._verify(output, parts) for output in outputs)
+        reached("outputs.verified")
         if len(made) > 1:
             _check_order(made)
         return made
@@ -157,6 +160,7 @@ class Harvest:
                     remove(self._target, base)
                 _move(self._staging, self._target, base)
                 moved.append(base)
+                reached("outputs.moved")
         except OSError:
             for base in moved:
                 remove(self._target, base)
@@ -173,6 +177,7 @@ class Harvest:
             try:
                 _move(self._source, self._staging, base)
                 strip(self._staging, base)
+                reached("outputs.stripped")
             except (OSError, GuixdError):
                 continue
             remove(self._target, base)

@@ -23,6 +23,7 @@ from guixd.build.verdicts import builder_failed, timed_out
 from guixd.build.workshop import Workshop
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import GuixdError
+from guixd.faults import reached
 from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildStarted
@@ -82,6 +83,7 @@ class Trial:
                 await killing
             raise
         keep = False
+        reached("build.prepared")
         try:
             if killing is not None:
                 await killing
@@ -174,9 +176,11 @@ class Trial:
         name = log.path if log is not None else ""
         job.say.trace(BuildStarted(job.path, job.drv.platform, name, process.pid).line)
         builder.begin(process, self._user)
+        reached("build.begun")
         if job.interest.lost:
             builder.kill()
         reason = await builder.end()
+        reached("build.ended")
         job.interest.check()
         if builder.expired:
             raise timed_out(job.path, builder.expired)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from guixd.build.users import BuildUser
 from guixd.errors import StoreError
+from guixd.faults import reached
 from guixd.formats.path import StorePath
 from guixd.store.trees import chown_tree, open_beneath, remove, remove_small, strip
 
@@ -85,6 +86,7 @@ class Workspace:
                 chroot = f"{path}.chroot"
                 root = f"{chroot}/{_TOP}"
                 opened.append(_make_chroot(chroot, user))
+                reached("workspace.made")
         except BaseException:
             for descriptor in opened:
                 os.close(descriptor)
@@ -167,6 +169,7 @@ class Workspace:
         if self.chroot is not None:
             pivot = self.outside + ".pivot"
             os.rename(self.outside, pivot)
+            reached("workspace.pivoted")
             os.rename(_TOP, self.outside, src_dir_fd=self._outside_fd)
             os.rmdir(pivot)
         os.chmod(self._build_fd, 0o755)

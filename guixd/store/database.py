@@ -10,6 +10,7 @@ from itertools import compress
 from typing import TypeVar
 
 from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
+from guixd.faults import reached
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.items import PathInfo, Registration
@@ -193,7 +194,9 @@ class Database(Queries):
             try:
                 before = self._look()
                 result = work()
+                reached("database.written")
                 execute("COMMIT")
+                reached("database.committed")
             except BaseException:
                 if self._connection.in_transaction:
                     execute("ROLLBACK")
@@ -233,6 +236,7 @@ class Database(Queries):
             before = self._look()
             try:
                 row = self._insert(item, now)
+                reached("database.inserted")
             except sqlite3.Error as error:
                 raise store_error(error) from error
             self._committed(before)

@@ -6,6 +6,7 @@ import os
 import stat
 
 from guixd.errors import StoreError
+from guixd.faults import reached
 from guixd.settings import Directories
 
 RESERVED_SIZE = 8 << 20
@@ -42,6 +43,7 @@ def _prepare(directories: Directories, build_gid: int | None) -> None:
     roots = state + "/gcroots"
     if not os.path.lexists(roots):
         _make(roots)
+        reached("layout.roots")
         os.symlink(state + "/profiles", roots + "/profiles")
     _make(state + "/profiles/per-user")
     if os.geteuid() == 0 and build_gid is not None:
@@ -97,6 +99,7 @@ def reserve_space(database: str, wanted: bool) -> None:
         fd = os.open(name, flags, 0o600)
         try:
             if os.fstat(fd).st_size != RESERVED_SIZE:
+                reached("layout.reserving")
                 os.posix_fallocate(fd, 0, RESERVED_SIZE)
                 os.ftruncate(fd, RESERVED_SIZE)
         finally:

@@ -19,6 +19,7 @@ from errno import EDQUOT, EMLINK, ENOSPC
 from types import TracebackType
 
 from guixd.errors import StoreError
+from guixd.faults import reached
 from guixd.formats import nar
 from guixd.formats.hashes import Hash, to_base32
 from guixd.store.canonical import STORE_TIME
@@ -166,6 +167,7 @@ class Links:
                 raise
             self._tell(f"no new link ({error.strerror}) for", name)
             return True
+        reached("links.added")
         return True
 
     def _is_good(
@@ -196,6 +198,7 @@ class Links:
                 raise
             self._tell(f"no new link ({error.strerror}) for", name)
             return True
+        reached("links.temporary")
         try:
             with _kept(dir_fd):
                 os.rename(temporary, name, src_dir_fd=store, dst_dir_fd=dir_fd)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
+from guixd.faults import reached
 from guixd.formats import derivation
 from guixd.formats.derivation import Derivation, HashCache
 from guixd.formats.nar import file_size, nar_of_file
@@ -329,6 +330,7 @@ class LocalStore:
         try:
             if _write_item(path, prepared.text, self.database.is_valid):
                 try:
+                    reached("text.written")
                     if links is not None:
                         status = os.stat(path, follow_symlinks=False)
                         links.share(None, path, item.nar_hash, status)
@@ -399,6 +401,7 @@ class LocalStore:
         :raises Busy: another process is at the same item, or collects; try it again.
         """
         path = addition.result()
+        reached("add.received")
         session.add(path)
         drv = None
         if not self.database.is_valid(path):
@@ -438,6 +441,7 @@ class LocalStore:
             if not self.database.is_valid(path):
                 _move(addition.staging, path)
                 try:
+                    reached("add.moved")
                     self.database.add(item, drv)
                 except BaseException:
                     os.rename(path, addition.staging)

@@ -23,6 +23,7 @@ from errno import EACCES, EAGAIN, EINTR
 from threading import Condition
 
 from guixd.errors import StoreError
+from guixd.faults import reached
 
 _STALE = b"d"
 # Linux numbers them alike everywhere; `fcntl` names them in CPython 3.9 and later.
@@ -174,6 +175,7 @@ class PathLocks:
                     return None
                 locks._files.append((name, fd))
             complete = True
+            reached("locks.taken")
             return locks
         finally:
             if not complete:
@@ -205,6 +207,7 @@ class PathLocks:
                         os.unlink(name)
                     except FileNotFoundError:
                         pass
+                    reached("locks.removed")
                     os.write(fd, _STALE)
             finally:
                 os.close(fd)

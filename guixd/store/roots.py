@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from errno import EACCES, ENOENT, ENOTDIR
 
 from guixd.errors import Busy, NotInStore, StoreError
+from guixd.faults import reached
 from guixd.formats.hashes import to_base32
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.locks import FileLock, lock_descriptor
@@ -76,6 +77,7 @@ class TempRoots:
             try:
                 entry = path.encode("utf-8", "surrogateescape") + b"\0"
                 done = os.write(fd, entry)
+                reached("roots.protected")
                 if done != len(entry):
                     # Half a name would spoil the next one.
                     os.ftruncate(fd, os.fstat(fd).st_size - done)
@@ -100,6 +102,7 @@ class TempRoots:
                 except FileNotFoundError:
                     pass
                 fd = os.open(self._file, flags, 0o600)
+                reached("roots.opened")
             finally:
                 gc_lock.close()
             # A collector that comes between takes the file for that of a dead process.
@@ -154,6 +157,7 @@ def add_indirect_root(state: str, path: str) -> None:
         except FileNotFoundError:
             pass
         os.symlink(path, temporary)
+        reached("roots.linked")
         os.replace(temporary, link)
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot add the root '{path}': {error}") from error
