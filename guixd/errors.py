@@ -97,6 +97,42 @@ class WrongHash(GuixdError):
         self.actual = actual
 
 
+class BadExpression(GuixdError):
+    """Bytes that should be an S-expression, a key or a list of keys are not."""
+
+    reason = "bad-expression"
+
+
+class SignatureError(GuixdError):
+    """Something cannot be signed, or a signature does not count."""
+
+    reason = "signature"
+
+
+class CorruptSignature(SignatureError):
+    """A signature does not have the form of one."""
+
+    reason = "signature-corrupt"
+
+
+class UnauthorizedKey(SignatureError):
+    """A signature was made by a key that the administrator has not authorised."""
+
+    reason = "signature-unauthorized"
+
+
+class OtherHashSigned(SignatureError):
+    """A signature is for something else than what it came with."""
+
+    reason = "signature-other"
+
+
+class InvalidSignature(SignatureError):
+    """A signature was not made by the key that it names."""
+
+    reason = "signature-invalid"
+
+
 class BadDerivation(GuixdError):
     """A derivation does not parse, or lies about its outputs."""
 
