@@ -9,6 +9,7 @@ from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
 from guixd.build.constraints import check_references, has_rules
+from guixd.build.foreign import released
 from guixd.build.job import Job
 from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest, Made
@@ -27,9 +28,6 @@ from guixd.formats.trace import BuildFailed, BuildSucceeded, BuildTimedOut
 from guixd.store.items import Registration
 from guixd.store.locks import PathLocks
 from guixd.store.trees import remove
-
-LOCK_RETRY = 1.0
-"""Seconds until an output that another process holds is tried again."""
 
 
 class Attempt:
@@ -140,6 +138,7 @@ class Attempt:
     async def _lock(self) -> PathLocks:
         """Take the lock files of all outputs; another process may have them for long."""
         job, told = self._job, False
+        files = [path + ".lock" for path in job.drv.output_paths]
         while True:
             job.interest.check()
             locks = PathLocks.acquire(job.drv.output_paths)
@@ -148,7 +147,7 @@ class Attempt:
             if not told:
                 told = True
                 job.say.log(Level.ERROR, f"waiting for locks on the outputs of `{job.path}'")
-            await self._pause(LOCK_RETRY)
+            await job.interest.wait(lambda: released(self._shop.reactor, files))
 
     async def _pause(self, seconds: float) -> None:
         await self._job.interest.wait(lambda: deferLater(self._shop.reactor, seconds))
