@@ -8,26 +8,23 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
-from guixd.build.constraints import check_references, has_rules
+from guixd.build.contents import is_intact
+from guixd.build.delivery import Delivery
 from guixd.build.foreign import released
 from guixd.build.job import Job
 from guixd.build.logs import LogFile, log_file
-from guixd.build.outputs import Harvest, Made
-from guixd.build.plan import BUSY_RETRY
-from guixd.build.request import Level
+from guixd.build.outputs import Harvest
+from guixd.build.plan import failed_before
+from guixd.build.request import BuildMode, Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
-from guixd.build.threads import inline
-from guixd.build.trial import Trial
+from guixd.build.targets import Targets, targets
+from guixd.build.trial import Finish, Trial
 from guixd.build.users import BuildUser
 from guixd.build.workshop import Workshop
-from guixd.errors import Busy, GuixdError, ReferencesCycle
-from guixd.faults import reached
+from guixd.errors import GuixdError
 from guixd.formats.derivation import Output
-from guixd.formats.path import StorePath
-from guixd.formats.trace import BuildFailed, BuildSucceeded, BuildTimedOut
-from guixd.store.items import Registration
+from guixd.formats.trace import BuildFailed, BuildFailedBefore, BuildSucceeded, BuildTimedOut
 from guixd.store.locks import PathLocks
-from guixd.store.trees import remove
 
 
 class Attempt:
@@ -37,13 +34,22 @@ class Attempt:
         self._shop = workshop
         self._job = job
         self._user: BuildUser | None = None
+        self._mode = job.mode
         self._contained = workshop.settings.use_chroot
-        self._builder = Builder(
-            workshop.launcher, job.say.output, job.patience, contained=self._contained
-        )
+        self._holders: set[str] = set()
+        self._builder = self._make_builder()
         self._vacate: Callable[[], None] = lambda: None
         self._valid = False
         self._make_log()
+
+    def _make_builder(self) -> Builder:
+        shop = self._shop
+        builder = Builder(
+            shop.launcher, self._job.say.output, self._job.patience, contained=self._contained
+        )
+        for holder in self._holders:
+            builder.hold(holder, True)
+        return builder
 
     def _make_log(self) -> None:
         shop, job = self._shop, self._job
@@ -66,6 +72,7 @@ class Attempt:
 
     def hold(self, holder: str, on: bool) -> None:
         """Stop or resume reading what the builder writes; each HOLDER counts once."""
+        (self._holders.add if on else self._holders.discard)(holder)
         self._builder.hold(holder, on)
 
     # --- the build ---------------------------------------------------------------
@@ -85,18 +92,31 @@ class Attempt:
             raise
         except (BuildFailure, GuixdError, OSError) as error:
             result = result_of(error)
+            await self._remember(result)
         finally:
             self._make_room()
         self._report(result)
         return result
+
+    async def _remember(self, failure: Result) -> None:
+        """Note that the build fails for good, if that is wanted (store.md §15)."""
+        drv = self._job.drv
+        final = failure.status in (Status.PERMANENT_FAILURE, Status.OUTPUT_REJECTED)
+        normal = self._mode is BuildMode.NORMAL
+        if final and normal and self._shop.settings.cache_failures and not drv.has_fixed_outputs:
+            paths, database = sorted(drv.output_paths), self._shop.store.database
+            await self._shop.when_free(self._job.interest, lambda: database.add_failed(paths))
 
     def _report(self, result: Result) -> None:
         path, say = self._job.path, self._job.say
         if result.status is Status.BUILT:
             say.trace(BuildSucceeded(path).line)
         elif not result.status.succeeded:
-            say.log(Level.ERROR, result.text)
-            if result.status is Status.TIMED_OUT:
+            if not result.general:  # else it is the text of the request's error
+                say.log(Level.ERROR, result.text)
+            if result.status is Status.CACHED_FAILURE:
+                say.trace(BuildFailedBefore(path).line)
+            elif result.status is Status.TIMED_OUT:
                 say.trace(BuildTimedOut(path).line)
             elif not result.general:
                 code = 0 if result.status is Status.INPUT_REJECTED else 1
@@ -118,22 +138,40 @@ class Attempt:
 
     async def _with_locks(self) -> Result:
         locks = await self._lock()
-        built = False
+        valid = self._mode is BuildMode.CHECK
         try:
-            database = self._shop.store.database
-            missing = {
-                name: output
-                for name, output in self._job.drv.outputs.items()
-                if not database.is_valid(output.path)
-            }
-            if not missing:
-                built = True
+            wanted = await self._wanted()
+            if not wanted:
+                valid = True
                 return Result(Status.ALREADY_VALID)
-            result = await self._build(missing)
-            built = result.status.succeeded
-            return result
+            self._check_failures(wanted)
+            await self._build(wanted)
+            valid = True
+            return Result(Status.BUILT)
         finally:
-            locks.release(delete=built)
+            locks.release(delete=valid)
+
+    async def _wanted(self) -> dict[str, Output]:
+        """Return the outputs that are to be made."""
+        outputs = self._job.drv.outputs
+        if self._mode is BuildMode.CHECK:
+            return dict(outputs)
+        database = self._shop.store.database
+        missing = {n: o for n, o in outputs.items() if not database.is_valid(o.path)}
+        if self._mode is BuildMode.REPAIR:
+            for name, output in outputs.items():
+                if name not in missing:
+                    expected = database.path_info(output.path).nar_hash
+                    if not await self._shop.threads(is_intact, output.path, expected):
+                        missing[name] = output
+        return missing
+
+    def _check_failures(self, wanted: Mapping[str, Output]) -> None:
+        """Refuse to build what failed meanwhile, if failures are remembered."""
+        if self._mode is BuildMode.NORMAL and self._shop.settings.cache_failures:
+            database = self._shop.store.database
+            if any(database.has_failed(output.path) for output in wanted.values()):
+                raise BuildFailure(Status.CACHED_FAILURE, failed_before(self._job.path))
 
     async def _lock(self) -> PathLocks:
         """Take the lock files of all outputs; another process may have them for long."""
@@ -152,57 +190,52 @@ class Attempt:
     async def _pause(self, seconds: float) -> None:
         await self._job.interest.wait(lambda: deferLater(self._shop.reactor, seconds))
 
-    async def _build(self, missing: Mapping[str, Output]) -> Result:
-        names = ", ".join(f"`{output.path}'" for _, output in sorted(missing.items()))
-        self._job.say.log(Level.INFO, f"building path(s) {names}")
-        await Trial(self._shop, self._job, self._builder, self._user, missing).run(self._finish)
-        return Result(Status.BUILT)
-
-    # --- what becomes of the outputs ----------------------------------------------
-
-    async def _finish(self, harvest: Harvest) -> None:
-        """Make the outputs valid."""
-        made = await self._take_in(harvest)
+    async def _build(self, wanted: Mapping[str, Output]) -> None:
+        shop, job = self._shop, self._job
+        names = ", ".join(f"`{output.path}'" for _, output in sorted(wanted.items()))
+        job.say.log(Level.INFO, f"building path(s) {names}")
+        outputs = [output.path for output in job.drv.outputs.values()]
+        if self._mode is BuildMode.NORMAL:
+            taken = [path for path in outputs if shop.store.database.is_valid(path)]
+        else:
+            taken = outputs
+        where = targets(
+            shop.store.directory, job.path, job.drv, wanted, taken, contained=self._contained
+        )
+        own = shop.store.temp_roots() if where.elsewhere else None
         try:
-            reached("build.published")
-            await self._register(made)
-            reached("build.registered")
-        except BaseException:
-            await self._shop.threads(_remove_all, [output.path for output in made])
-            raise
-        self._valid = True
-        self._make_room()
+            for path in where.elsewhere.values():
+                assert own is not None
+                own.add(path)
+            await self._rounds(where)
+        finally:
+            if own is not None:
+                own.close()
 
-    async def _take_in(self, harvest: Harvest) -> tuple[Made, ...]:
-        """Put the outputs in place if they are as they should be."""
-        store, drv = self._shop.store, self._job.drv
-        call = inline if harvest.is_small() else self._shop.threads
-        if not has_rules(drv):
-            return await call(harvest.take_in)
-        made = await call(harvest.collect)
-        references = {output.path: output.references for output in made}
-        check_references(drv, store.directory, references, store.database.closure)
-        await call(harvest.publish, made)
-        return made
+    async def _rounds(self, where: Targets) -> None:
+        repeats = self._mode is not BuildMode.REPAIR and not self._job.drv.has_fixed_outputs
+        rounds = self._job.options.rounds if repeats else 1
+        delivery = Delivery(self._shop, self._job)
+        for number in range(1, rounds + 1):
+            last = number == rounds
+            if number > 1:
+                self._builder = self._make_builder()
+            finish = self._finish_of(delivery, last)
+            trial = Trial(self._shop, self._job, self._builder, self._user, where, last=last)
 
-    async def _register(self, made: tuple[Made, ...]) -> None:
-        items = [
-            Registration(
-                output.path, output.nar_hash, output.nar_size, output.references, self._job.path
-            )
-            for output in made
-        ]
-        while True:
-            try:
-                self._shop.store.register(items)
-            except Busy:  # another process writes at this moment
-                await self._pause(BUSY_RETRY)
-            except ReferencesCycle as error:
-                raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
-            else:
-                return
+            async def finish_and_make_room(
+                harvest: Harvest, finish: Finish = finish, last: bool = last
+            ) -> None:
+                await finish(harvest)
+                if last:
+                    self._valid = True
+                    self._make_room()
 
+            await trial.run(finish_and_make_room)
 
-def _remove_all(paths: list[StorePath]) -> None:
-    for path in paths:
-        remove(None, path)
+    def _finish_of(self, delivery: Delivery, last: bool) -> Finish:
+        if self._mode is BuildMode.CHECK:
+            return delivery.check
+        if self._mode is BuildMode.REPAIR:
+            return delivery.repair
+        return delivery.keep if last else delivery.compare

@@ -25,7 +25,6 @@ from guixd.build.threads import Threads
 from guixd.build.turns import Turns
 from guixd.build.users import BuildUserPool, pool_of
 from guixd.build.workshop import Workshop
-from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
 from guixd.settings import Settings
@@ -80,14 +79,17 @@ class Engine:
 
     async def _build(self, request: BuildRequest, observer: Observer) -> None:
         shop = self._workshop
-        if request.mode is not BuildMode.NORMAL:
-            raise BuildError(f"build mode {request.mode.name.lower()} is not supported yet")
-        if request.options.rounds > 1:
-            raise BuildError("building several rounds is not supported yet")
         own = shop.store.temp_roots() if request.roots is None else None
         roots: Any = request.roots or own
         try:
-            planner = Planner(shop.reactor, shop.threads, shop.store, roots)
+            planner = Planner(
+                shop.reactor,
+                shop.threads,
+                shop.store,
+                roots,
+                request.mode,
+                failures=(request.options.settings or shop.settings).cache_failures,
+            )
             await planner.plan(request.wanted)
             goals = planner.goals.values()
             if goals:
@@ -120,12 +122,14 @@ class Engine:
     ) -> tuple[SharedBuild, Attachment]:
         """Let REQUEST take part in the build of GOAL, which begins now if it does not run."""
         options = request.request.options
-        build = self._builds.get(goal.path)
-        if build is not None and not build.abandoned:
-            return build, build.attach(observer, options, share, goal.priority, request.changed)
+        normal = goal.mode is BuildMode.NORMAL
+        running = self._builds.get(goal.path)
+        if normal and running and not running.abandoned and running.rounds == options.rounds:
+            return running, running.attach(observer, options, share, goal.priority, request.changed)
         assert goal.drv is not None
-        build = SharedBuild(self._common, goal.path, goal.drv, options)
-        self._builds[goal.path] = build
+        build = SharedBuild(self._common, goal.path, goal.drv, options, goal.mode)
+        if normal and (running is None or running.abandoned):
+            self._builds[goal.path] = build
         self._ending.add(build)
         attachment = build.attach(observer, options, share, goal.priority, request.changed)
         build.ended.addCallback(self._forget, build)

@@ -18,6 +18,7 @@ from guixd.build.shared import Attachment, SharedBuild
 from guixd.build.turns import Turns
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
+from guixd.formats.trace import BuildFailedBefore
 
 NO_SLOTS = "unable to start any build: `--max-jobs' is 0 and none can be offloaded"
 CIRCLE = "derivations depend on each other in a circle"
@@ -139,14 +140,22 @@ class RequestRun:
             )
             self._refuse(goal, Result(Status.DEPENDENCY_FAILED, text))
         elif goal.drv is None or goal.error:
-            self._refuse(goal, Result(Status.MISC_FAILURE, goal.error, general=not goal.missing))
+            self._refuse(goal, self._refusal(goal))
         else:
             build, attachment = self._builds.attach(goal, self, self._observer, self._share)
             self._active[goal.path] = (build, attachment)
             attachment.result.addCallback(lambda result: self._built(goal, result))
 
+    def _refusal(self, goal: Goal) -> Result:
+        if goal.failed_before:
+            return Result(Status.CACHED_FAILURE, goal.error)
+        return Result(Status.MISC_FAILURE, goal.error, general=not goal.missing)
+
     def _refuse(self, goal: Goal, result: Result) -> None:
-        self._observer.log(Level.ERROR, result.text)
+        if not result.general:
+            self._observer.log(Level.ERROR, result.text)
+        if result.status is Status.CACHED_FAILURE:
+            self._observer.trace(BuildFailedBefore(goal.path).line)
         self._events.append((goal, result))
 
     def _built(self, goal: Goal, result: Result) -> None:
@@ -158,8 +167,10 @@ class RequestRun:
         keep_going = self.request.options.keep_going
         if not result.status.succeeded:
             self._code = max(self._code, result.status.code)
-            if result.general and not self._general:
-                self._general = result.text
+            if result.general:
+                self._general = self._general or result.text
+                if not self._ends_with_general:
+                    self._observer.log(Level.ERROR, result.text)
             if goal.top:
                 self._failed.append(goal.path)
                 if not keep_going:
@@ -174,11 +185,16 @@ class RequestRun:
         if not self._left:
             self._end()
 
+    @property
+    def _ends_with_general(self) -> bool:
+        """Whether the text of the first general failure is also the last word."""
+        return not self.request.options.keep_going or len(self._goals) == 1
+
     def _end(self) -> None:
         if not self._failed:
             self._done.callback(None)
             return
-        if self._general and not self.request.options.keep_going:
+        if self._general and self._ends_with_general:
             text = self._general
         else:
             names = ", ".join(f"`{path}'" for path in sorted(self._failed))

@@ -10,7 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from guixd.build.broadcast import Broadcast
 from guixd.build.patience import Patience
-from guixd.build.request import ClientOptions
+from guixd.build.request import BuildMode, ClientOptions
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 
@@ -68,6 +68,7 @@ class Job:
     say: Broadcast
     patience: Patience[Any]
     wishes: Callable[[], ClientOptions]
+    mode: BuildMode = BuildMode.NORMAL
     interest: Interest = field(default_factory=Interest)
 
     @property

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Self
 
 from guixd.build.results import BuildFailure, Status
+from guixd.build.targets import Targets
 from guixd.errors import BuildError, GuixdError, StoreError
 from guixd.faults import reached
 from guixd.formats import hashes
@@ -24,6 +25,8 @@ from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import HashMismatch
 from guixd.store.links import Links
+from guixd.store.moves import exchange, exists, move
+from guixd.store.rewriting import rewrite
 from guixd.store.trees import (
     InodesSeen,
     canonicalise,
@@ -39,6 +42,9 @@ from guixd.store.trees import (
 SMALL = 64 << 10
 """Bytes of outputs that are quickly hashed."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_REWRITTEN = ".rewritten"
+CHECK = "-check"
+"""Appended to the name of an output that differs from what it should be the same as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Harvest:
     :ivar fresh: whether outputs are copied rather than moved, so that nobody can
         have a file of them open for writing (sandbox.md, I-FRESH).
     :ivar owner: the build user's uid; `None` if the builder ran as the daemon.
-    :ivar wanted: the outputs by name.
+    :ivar targets: the outputs, and where they are.
     :ivar candidates: what the outputs may refer to.
     """
 
@@ -75,7 +81,7 @@ class Harvest:
     open_source: Callable[[], int]
     fresh: bool
     owner: int | None
-    wanted: Mapping[str, Output]
+    targets: Targets
     candidates: frozenset[StorePath]
     links: Links | None = None
     """Where files are shared with equal ones of the store; closed in the end."""
@@ -113,13 +119,15 @@ class Harvest:
     def is_small(self) -> bool:
         """Whether the other methods take but a moment; a directory may hold anything."""
         size = 0
-        for output in self.wanted.values():
+        if self.targets.taken:
+            return False
+        for output in self.targets.wanted.values():
             base = output.path.base
             try:
                 status = os.stat(base, dir_fd=self._source, follow_symlinks=False)
             except OSError:
                 continue  # which `collect` finds, too
-            if stat.S_ISDIR(status.st_mode) or _exists(self._target, base):
+            if stat.S_ISDIR(status.st_mode) or exists(self._target, base):
                 return False
             size += status.st_size
         return size <= SMALL
@@ -136,7 +144,7 @@ class Harvest:
         :raises BuildFailure: an output is missing or wrong (output rejected).
         :raises GuixdError: a file of a type that cannot be stored; system trouble.
         """
-        outputs = [output for _, output in sorted(self.wanted.items())]
+        outputs = [output for _, output in sorted(self.targets.wanted.items())]
         for output in outputs:
             self._take(output.path)
             reached("outputs.taken")
@@ -156,9 +164,9 @@ class Harvest:
         try:
             for output in made:
                 base = output.path.base
-                if _exists(self._target, base):
+                if exists(self._target, base):
                     remove(self._target, base)
-                _move(self._staging, self._target, base)
+                move(self._staging, base, self._target, base)
                 moved.append(base)
                 reached("outputs.moved")
         except OSError:
@@ -166,34 +174,58 @@ class Harvest:
                 remove(self._target, base)
             raise
 
+    def replace(self, made: tuple[Made, ...]) -> None:
+        """Put the collected outputs in place of what has their names, each in one step.
+
+        :raises OSError: a rename failed; what is not replaced yet stays.
+        """
+        for output in made:
+            base = output.path.base
+            if not exists(self._target, base):
+                move(self._staging, base, self._target, base)
+            elif not exchange(self._staging, self._target, base):
+                remove(self._target, base)
+                move(self._staging, base, self._target, base)
+            reached("repair.exchanged")
+
+    def set_aside(self, paths: Iterable[StorePath]) -> None:
+        """Keep the collected outputs PATHS in the store under other names, to be looked at.
+
+        :raises OSError: a rename failed.
+        """
+        for path in paths:
+            remove(self._target, path.base + CHECK)
+            move(self._staging, path.base, self._target, path.base + CHECK)
+
     def salvage(self) -> None:
         """Leave what a failed build made in the store, unregistered, to be looked at.
 
         Special permissions are taken away first.  A tree that cannot be made
         harmless is left out.
         """
-        for output in self.wanted.values():
-            base = output.path.base
+        for path in self.targets.free:
+            base = path.base
             try:
-                _move(self._source, self._staging, base)
+                move(self._source, base, self._staging, base)
                 strip(self._staging, base)
                 reached("outputs.stripped")
             except (OSError, GuixdError):
                 continue
             remove(self._target, base)
-            _move(self._staging, self._target, base)
+            move(self._staging, base, self._target, base)
 
     # --- steps --------------------------------------------------------------
 
     def _take(self, path: StorePath) -> None:
         source, staging, base = self._source, self._staging, path.base
+        there = self.targets.elsewhere.get(path, path).base
         try:
-            check_output(source, base, self.owner)
+            check_output(source, there, self.owner)
             if self.fresh:
-                copy_fresh(source, base, staging, base)
-                remove(source, base)
+                copy_fresh(source, there, staging, base)
+                remove(source, there)
             else:
-                _move(source, staging, base)
+                move(source, there, staging, base)
         except FileNotFoundError:
             raise BuildFailure(
                 Status.OUTPUT_REJECTED, f"builder failed to produce output path `{path}'"
@@ -209,6 +241,10 @@ class Harvest:
             canonicalise(staging, base, self.owner, self._seen)
         except BuildError as error:
             raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
+        if self.targets.elsewhere:
+            rewrite(staging, base, _REWRITTEN, self.targets.backward)
+            remove(staging, base)
+            move(staging, _REWRITTEN, staging, base)
         scanned = hash_and_scan(staging, base, parts, self.links)
         if output.is_fixed:
             self._check_hash(staging, output, scanned.digest)
@@ -266,14 +302,6 @@ def _make_private(directory: str) -> int:
         return os.open(directory, _DIRECTORY)
 
 
-def _exists(directory: int, base: str) -> bool:
-    try:
-        os.stat(base, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _check_order(made: tuple[Made, ...]) -> None:
     paths = {output.path for output in made}
     graph = {output.path: (output.references & paths) - {output.path} for output in made}
@@ -287,23 +315,3 @@ def _check_order(made: tuple[Made, ...]) -> None:
 
 def _notation(digest: bytes, algorithm: str) -> str:
     return digest.hex() if algorithm == "md5" else hashes.to_base32(digest)
-
-
-def _move(source: int, target: int, base: str) -> None:
-    """Rename BASE from one directory to another; as a plain user that may need its mode."""
-    try:
-        os.rename(base, base, src_dir_fd=source, dst_dir_fd=target)
-        return
-    except PermissionError:
-        status = os.stat(base, dir_fd=source, follow_symlinks=False)
-        if not stat.S_ISDIR(status.st_mode) or status.st_mode & stat.S_IWUSR:
-            raise
-    fd = os.open(base, _DIRECTORY, dir_fd=source)
-    try:
-        os.fchmod(fd, 0o700)
-        try:
-            os.rename(base, base, src_dir_fd=source, dst_dir_fd=target)
-        finally:
-            os.fchmod(fd, stat.S_IMODE(status.st_mode))
-    finally:
-        os.close(fd)

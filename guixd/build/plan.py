@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
-from guixd.build.request import Roots, Wanted
+from guixd.build.contents import is_intact
+from guixd.build.request import BuildMode, Roots, Wanted
 from guixd.build.results import result_of
 from guixd.build.scheduler import Priority
 from guixd.build.threads import Threads
@@ -32,6 +33,7 @@ class Goal:
     :ivar drv: `None` if the derivation itself is not there.
     :ivar missing: whether the derivation is not valid.
     :ivar error: why it cannot even be tried; empty if it can.
+    :ivar failed_before: whether that is since a failure is remembered.
     :ivar pending: how many inputs are not built yet.
     :ivar failed: how many inputs could not be had.
     :ivar priority: what is smaller is built first; see `chains.rank`.
@@ -39,8 +41,10 @@ class Goal:
 
     path: StorePath
     drv: Derivation | None
+    mode: BuildMode = BuildMode.NORMAL
     missing: bool = False
     error: str = ""
+    failed_before: bool = False
     started: bool = False
     top: bool = False
     pending: int = 0
@@ -58,17 +62,29 @@ class Planner:
     """Finds the goals of one request.
 
     :param roots: gets the derivations and outputs before they are looked at.
+    :param mode: of what is asked for; what that needs is built as usual.
+    :param failures: whether remembered failures count.
     :ivar goals: what is to be built.
     """
 
     def __init__(
-        self, clock: IReactorTime, threads: Threads, store: LocalStore, roots: Roots
+        self,
+        clock: IReactorTime,
+        threads: Threads,
+        store: LocalStore,
+        roots: Roots,
+        mode: BuildMode = BuildMode.NORMAL,
+        *,
+        failures: bool = False,
     ) -> None:
         self.goals: dict[StorePath, Goal] = {}
         self._clock = clock
         self._threads = threads
         self._store = store
         self._roots = roots
+        self._mode = mode
+        self._failures = failures
+        self._intact: dict[StorePath, bool] = {}
         self._protected: set[StorePath] = set()
         self._todo: list[Goal] = []
 
@@ -80,9 +96,11 @@ class Planner:
         turns = Turns(self._clock)
         for want in wanted:
             if want.path.is_derivation:
-                goal = await self._enter(want.path, want.outputs)
+                goal = await self._enter(want.path, want.outputs, self._mode)
                 if goal is not None:
                     goal.top = True
+                elif self._mode is BuildMode.REPAIR:
+                    await self._enter_broken(want.path)
             else:
                 # Nothing can provide it; that is no failure of the request.
                 await self._protect(want.path)
@@ -100,7 +118,12 @@ class Planner:
             else:
                 self._protected.add(path)
 
-    async def _enter(self, path: StorePath, outputs: Iterable[str] | None) -> Goal | None:
+    async def _enter(
+        self,
+        path: StorePath,
+        outputs: Iterable[str] | None,
+        mode: BuildMode = BuildMode.NORMAL,
+    ) -> Goal | None:
         """Return the goal that makes OUTPUTS (none named: all) valid, or None if they are."""
         goal = self.goals.get(path)
         if goal is not None:
@@ -111,28 +134,91 @@ class Planner:
             goal = self.goals[path] = Goal(path, None, missing=True, error=error)
             return goal
         try:
-            if self._store.takes_long_to_read(path):
-                drv = await self._threads(self._store.load_derivation, path)
-            else:
-                drv = self._store.read_derivation(path)
+            drv = await self._read(path)
         except (GuixdError, OSError) as failure:
             goal = self.goals[path] = Goal(path, None, error=result_of(failure).text)
             return goal
         names = set(outputs) if outputs else set(drv.outputs)
+        wanted = [output.path for name, output in drv.outputs.items() if name in names]
         for output in drv.outputs.values():
             await self._protect(output.path)
-        if all(self._store.database.is_valid(o.path) for n, o in drv.outputs.items() if n in names):
+        if not wanted or await self._is_done(wanted, mode):
             return None
-        goal = self.goals[path] = Goal(path, drv)
-        self._todo.append(goal)
+        goal = self.goals[path] = Goal(path, drv, mode=mode)
+        self._refuse_early(goal, drv, wanted)
+        if not goal.error:
+            self._todo.append(goal)
         return goal
+
+    async def _read(self, path: StorePath) -> Derivation:
+        if self._store.takes_long_to_read(path):
+            return await self._threads(self._store.load_derivation, path)
+        return self._store.read_derivation(path)
+
+    async def _is_done(self, wanted: Iterable[StorePath], mode: BuildMode) -> bool:
+        """Whether outputs need not be built in MODE."""
+        if mode is BuildMode.CHECK:
+            return False
+        for path in wanted:
+            if not self._store.database.is_valid(path):
+                return False
+            if mode is BuildMode.REPAIR and not await self._is_intact(path):
+                return False
+        return True
+
+    async def _is_intact(self, path: StorePath) -> bool:
+        """Whether the valid item PATH has the contents that were registered."""
+        if path not in self._intact:
+            expected = self._store.database.path_info(path).nar_hash
+            self._intact[path] = await self._threads(is_intact, path, expected)
+        return self._intact[path]
+
+    def _refuse_early(self, goal: Goal, drv: Derivation, wanted: Iterable[StorePath]) -> None:
+        """Find out whether GOAL is not worth trying."""
+        database = self._store.database
+        if goal.mode is BuildMode.CHECK:
+            missing = sorted(path for path in drv.output_paths if not database.is_valid(path))
+            if missing:
+                goal.error = (
+                    f"cannot check `{goal.path}': its output `{missing[0]}' is not there;"
+                    " build it normally before"
+                )
+        elif goal.mode is BuildMode.NORMAL and self._failures:
+            invalid = (path for path in wanted if not database.is_valid(path))
+            goal.failed_before = any(map(database.has_failed, invalid))
+            if goal.failed_before:
+                goal.error = failed_before(goal.path)
+
+    async def _enter_broken(self, path: StorePath) -> None:
+        """Enter goals that repair what the outputs of the derivation PATH need."""
+        database = self._store.database
+        outputs = database.derivation_outputs(path).values()
+        makers: dict[StorePath, tuple[StorePath, str]] = {}
+        for drv in sorted(database.closure([path])):
+            if drv.is_derivation:
+                for name, output in database.derivation_outputs(drv).items():
+                    makers[output] = (drv, name)
+        valid = [output for output in outputs if database.is_valid(output)]
+        for item in sorted(database.closure(valid)):
+            if await self._is_intact(item):
+                continue
+            goal = None
+            if item in makers:
+                drv, name = makers[item]
+                goal = await self._enter(drv, [name], BuildMode.REPAIR)
+            if goal is None:
+                error = f"cannot repair `{item}': nothing is known that makes it"
+                goal = self.goals[path] = Goal(path, None, error=error)
+            goal.top = True
 
     async def _expand(self, goal: Goal) -> None:
         """Find what GOAL needs first."""
         if goal.drv is None:
             return
         for path, names in goal.drv.inputs.items():
-            needed = await self._enter(path, names)
+            repair = goal.mode is BuildMode.REPAIR
+            mode = BuildMode.REPAIR if repair else BuildMode.NORMAL
+            needed = await self._enter(path, names, mode)
             if needed is not None:
                 goal.pending += 1
                 needed.dependents.append(goal)
@@ -148,3 +234,11 @@ class Planner:
         for source in goal.drv.sources:
             if not self._store.database.is_valid(source):
                 goal.failed += 1
+
+
+def failed_before(path: StorePath) -> str:
+    """Return what to tell of the derivation PATH, whose failure is remembered."""
+    return (
+        f"building `{path}' failed before, which is remembered;"
+        f" `guix gc --clear-failures {path}' forgets it"
+    )

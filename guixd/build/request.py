@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from guixd.formats.path import StorePath
+from guixd.settings import Settings
 
 
 class Roots(Protocol):
@@ -63,6 +64,8 @@ class ClientOptions:
     client_uid: int | None = None
     """Owner of kept build trees; `None` without peer credentials."""
     client_gid: int | None = None
+    settings: Settings | None = None
+    """What counts instead of the daemon's settings, where a trusted client says so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from guixd.build.container import is_native
 from guixd.build.durations import Durations
 from guixd.build.job import Job
 from guixd.build.patience import Patience
-from guixd.build.request import ClientOptions, Level
+from guixd.build.request import BuildMode, ClientOptions, Level
 from guixd.build.results import Result, Status, result_of
 from guixd.build.scheduler import Priority, Scheduler, Share, Slot
 from guixd.build.verdicts import timed_out
@@ -67,21 +67,30 @@ class SharedBuild:
     """
 
     def __init__(
-        self, common: Common, path: StorePath, drv: Derivation, options: ClientOptions
+        self,
+        common: Common,
+        path: StorePath,
+        drv: Derivation,
+        options: ClientOptions,
+        mode: BuildMode = BuildMode.NORMAL,
     ) -> None:
         self.path = path
         self.drv = drv
-        self.local = drv.environment.get("preferLocalBuild") == "1" and is_native(
-            drv.platform, common.workshop.settings
+        self._workshop = common.workshop.under(options.settings)
+        self.local = mode is not BuildMode.NORMAL or (
+            drv.environment.get("preferLocalBuild") == "1"
+            and is_native(drv.platform, self._workshop.settings)
         )
+        self.rounds = options.rounds
         self.abandoned = False
         self.ended: Deferred[None] = Deferred()
         self._common = common
         self._options = options
+        self._mode = mode
         self._attachments: list[Attachment] = []
         self._result: Result | None = None
-        self._broadcast = Broadcast(common.workshop.threads, self._hold)
-        self._patience = Patience(common.workshop.reactor, self._out_of_patience)
+        self._broadcast = Broadcast(self._workshop.threads, self._hold)
+        self._patience = Patience(self._workshop.reactor, self._out_of_patience)
         self._attempt: Attempt | None = None
         self._waiting: Deferred[None] | None = None
         self._awaited: Deferred[Slot] | None = None
@@ -194,7 +203,8 @@ class SharedBuild:
                     await self._waiting
                     self._waiting = None
                 claimed.append(path)
-            if self._common.workshop.all_valid(self.drv):
+            normal = self._mode is BuildMode.NORMAL
+            if normal and self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             self._slot = await self._wait_for_slot()
             return await self._build()
@@ -202,8 +212,8 @@ class SharedBuild:
             claims.free(claimed)
 
     async def _build(self) -> Result:
-        workshop = self._common.workshop
-        job = Job(self.path, self.drv, self._broadcast, self._patience, self._wishes)
+        workshop = self._workshop
+        job = Job(self.path, self.drv, self._broadcast, self._patience, self._wishes, self._mode)
         self._attempt = Attempt(workshop, job)
         began = workshop.reactor.seconds()
         result = await self._attempt.run(self._vacate)
@@ -249,7 +259,6 @@ class SharedBuild:
             self._result = Result(Status.MISC_FAILURE, "given up")
         else:
             self._result = result_of(outcome.value or RuntimeError())
-            self._broadcast.log(Level.ERROR, self._result.text)
             _log.failure("the build of {path} went wrong", outcome, path=self.path)
         self._awaited = None
         self.ended.callback(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 
 from twisted.internet.error import ProcessTerminated
 from twisted.logger import Logger
@@ -15,8 +15,9 @@ from guixd.build.builtins import is_builtin, refuse_builtin
 from guixd.build.constraints import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
-from guixd.build.request import Level
+from guixd.build.request import BuildMode, Level
 from guixd.build.results import BuildFailure
+from guixd.build.targets import Targets
 from guixd.build.threads import inline
 from guixd.build.users import BuildUser
 from guixd.build.verdicts import builder_failed, timed_out
@@ -24,7 +25,6 @@ from guixd.build.workshop import Workshop
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import GuixdError
 from guixd.faults import reached
-from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildStarted
 from guixd.sandbox.spec import SandboxSpec
@@ -41,7 +41,7 @@ class Trial:
     """One run.  `run` is called once.
 
     :param user: who runs the builder; `None` for the daemon's own user.
-    :param wanted: the outputs that are to be made, by name.
+    :param last: whether no other follows, if this one ends well.
     """
 
     def __init__(
@@ -50,13 +50,16 @@ class Trial:
         job: Job,
         builder: Builder,
         user: BuildUser | None,
-        wanted: Mapping[str, Output],
+        targets: Targets,
+        *,
+        last: bool = True,
     ) -> None:
         self._shop = workshop
         self._job = job
         self._builder = builder
         self._user = user
-        self._wanted = wanted
+        self._targets = targets
+        self._last = last
         self._private = f"{job.path}.chroot"
         self._contained = workshop.settings.use_chroot
         self._finished = False
@@ -124,7 +127,7 @@ class Trial:
 
     def _obstacles(self) -> list[str]:
         """Return what lies where the build is to make something; it may be large."""
-        paths = (self._private, *(output.path for output in self._wanted.values()))
+        paths = (self._private, *self._targets.free, *self._targets.elsewhere.values())
         return [path for path in paths if os.path.lexists(path)]
 
     def _prepare(self, graphs: dict[str, str], obstacles: Iterable[str]) -> Workspace:
@@ -151,7 +154,7 @@ class Trial:
         if self._contained and job.drv.has_fixed_outputs:
             job.say.log(Level.ERROR, container.NO_NETWORK)
         return container.plan(
-            job.drv,
+            self._targets.for_builder(job.drv),
             job.path,
             inputs,
             build_directory=workspace.build_directory,
@@ -204,9 +207,9 @@ class Trial:
             open_source=lambda: workspace.open_store(store),
             fresh=not self._contained or job.drv.has_fixed_outputs,
             owner=self._user.uid if self._user is not None else None,
-            wanted=self._wanted,
+            targets=self._targets,
             candidates=inputs | set(job.drv.output_paths),
-            links=Links(store) if job.options.deduplicate else None,
+            links=self._links(),
         )
         if isinstance(reason.value, ProcessTerminated):
             if self._contained:
@@ -223,10 +226,18 @@ class Trial:
                 job.say.trace(line)
             raise
 
+    def _links(self) -> Links | None:
+        """Return what shares files of outputs that are to be kept."""
+        job = self._job
+        if not job.options.deduplicate or not self._last or job.mode is BuildMode.CHECK:
+            return None
+        store = self._shop.store.directory.path
+        return Links(store, distrust=job.mode is BuildMode.REPAIR)
+
     async def _clean_up(self, workspace: Workspace, keep: bool) -> None:
         job = self._job
         log = job.say.log_file
-        if log is not None:
+        if log is not None and self._ends:
             await log.settle()
         try:
             if not keep and self._contained and (log is None or log.is_small):
@@ -256,14 +267,21 @@ class Trial:
         finally:
             if not self._contained:
                 remove(None, self._private)
+                for path in self._targets.elsewhere.values():
+                    remove(None, path)
                 if not self._finished:
                     # They may have any mode; only in a container could they be hidden.
-                    for output in self._wanted.values():
-                        remove(None, output.path)
+                    for path in self._targets.free:
+                        remove(None, path)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether nothing more comes into the log."""
+        return self._last or not self._finished
 
     def _end_log(self) -> None:
         log = self._job.say.log_file
-        if log is not None:
+        if log is not None and self._ends:
             try:
                 log.end()
             except OSError:

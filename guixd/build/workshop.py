@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from guixd.build import container
 from guixd.build.builder import Launcher
+from guixd.build.job import Interest
+from guixd.build.plan import BUSY_RETRY
 from guixd.build.threads import Threads
 from guixd.build.users import BuildUserPool
+from guixd.errors import Busy
 from guixd.formats.derivation import Derivation
 from guixd.settings import Settings
 from guixd.store.local import LocalStore
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +39,18 @@ class Workshop:
     def all_valid(self, drv: Derivation) -> bool:
         """Whether DRV has nothing left to build."""
         return all(self.store.database.is_valid(path) for path in drv.output_paths)
+
+    def under(self, settings: Settings | None) -> Workshop:
+        """Return the same with other SETTINGS, if there are some."""
+        return self if settings is None else replace(self, settings=settings)
+
+    async def when_free(self, interest: Interest, step: Callable[[], _T]) -> _T:
+        """Return what STEP returns; try again while another process writes to the store.
+
+        :raises CancelledError: there is no INTEREST any more.
+        """
+        while True:
+            try:
+                return step()
+            except Busy:
+                await interest.wait(lambda: deferLater(self.reactor, BUSY_RETRY))

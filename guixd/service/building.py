@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
 from twisted.internet.task import deferLater
@@ -42,9 +41,6 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
     peer = session.peer
     owner = (None, None) if peer is None else (peer.uid, peer.gid)
     options = session.options.for_builds(*owner)
-    if "build-repeat" not in session.options.table:
-        # The administrator's rounds are not effective yet; who asks for some is refused.
-        options = replace(options, rounds=1)
     directory = session.store.directory
     items: list[Wanted] = []
     for item in request.items:

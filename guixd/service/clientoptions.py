@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from guixd.build.request import ClientOptions
 from guixd.errors import BadSetting
@@ -90,6 +90,17 @@ _TYPES: dict[str, Callable[[str, str], int | bool]] = {
     "auto-optimise-store": _boolean,
     "env-keep-derivations": _boolean,
 }
+
+_FLAGS = {
+    "build-use-chroot": "use_chroot",
+    "build-impersonate-linux-26": "impersonate_linux_26",
+    "build-keep-log": "keep_log",
+    "build-cache-failure": "cache_failures",
+    "gc-keep-outputs": "gc_keep_outputs",
+    "gc-keep-derivations": "gc_keep_derivations",
+}
+"""Settings that the trusted change by name, and the fields of `Settings` for them."""
+_CHROOT_DIRECTORIES = ("build-chroot-dirs", "build-extra-chroot-dirs")
 
 
 @dataclass(slots=True)
@@ -218,7 +229,36 @@ class SessionOptions:
             deduplicate=self.deduplicate,
             client_uid=uid,
             client_gid=gid,
+            settings=self._other_settings(),
         )
+
+    def effective_settings(self) -> Settings:
+        """Return the daemon's settings with what a trusted client has set by name."""
+        return self._other_settings() or self.settings
+
+    def _other_settings(self) -> Settings | None:
+        changes: dict[str, object] = {
+            field: self._typed(name, False) for name, field in _FLAGS.items() if name in self.table
+        }
+        if "system" in self.table:
+            changes["system"] = self.table["system"]
+        words = [self.table[name] for name in _CHROOT_DIRECTORIES if name in self.table]
+        if words:
+            changes["chroot_directories"] = self._chroot_directories()
+        return replace(self.settings, **changes) if changes else None  # type: ignore[arg-type]
+
+    def _chroot_directories(self) -> tuple[tuple[str, str], ...]:
+        """Return pairs of the name inside and the source outside (sandbox.md §5)."""
+        own = self.table.get("build-chroot-dirs", "").split()
+        extra = self.table.get("build-extra-chroot-dirs")
+        pairs = [] if extra is not None else list(self.settings.chroot_directories)
+        for word in [*own, *(extra or "").split()]:
+            inside, equals, outside = word.partition("=")
+            pair = (inside, outside if equals else inside)
+            if not all(name.startswith("/") for name in pair):
+                raise BadSetting(f"'{word}' is no absolute file name to have in builds")
+            pairs.append(pair)
+        return tuple(pairs)
 
 
 def _text_of(value: bool) -> str:

@@ -242,8 +242,6 @@ def not_effective(settings: Settings) -> tuple[str, ...]:
         "substitutes": settings.use_substitutes,
         "offloading": settings.offload,
         "discovery": settings.discover,
-        "caching of failures": settings.cache_failures,
-        "rounds": settings.rounds > 1,
         "isolation of the host's loopback": settings.isolate_host_loopback,
         "garbage collection": True,
     }

@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build.engine import Engine
 from guixd.build.launcher import ZygoteLauncher
-from guixd.build.request import BuildRequest, ClientOptions, Wanted
+from guixd.build.request import BuildMode, BuildRequest, ClientOptions, Wanted
 from guixd.build.threads import pool_threads
 from guixd.formats import derivation
 from guixd.formats.derivation import Derivation, HashCache, Output
@@ -229,11 +229,16 @@ class World:
         return self.store.read_derivation(drv).outputs[name].path
 
     def build(
-        self, *drvs: StorePath, observer: Recorder | None = None, **options: Any
+        self,
+        *drvs: StorePath,
+        observer: Recorder | None = None,
+        mode: BuildMode = BuildMode.NORMAL,
+        **options: Any,
     ) -> Deferred[None]:
         """Build all outputs of DRVS."""
         request = BuildRequest(
             tuple(Wanted(drv) for drv in drvs),
+            mode,
             options=ClientOptions(**options),
             roots=self.roots,
         )

@@ -16,7 +16,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.build import verdicts
-from guixd.build.request import BuildMode, BuildRequest, ClientOptions, Wanted
+from guixd.build.request import BuildRequest, Wanted
 from guixd.build.threads import inline
 from guixd.errors import BuildError
 from tests.build.fakes import FakeLauncher
@@ -178,17 +178,6 @@ class RequestTests(Fake):
         self.assertEqual(error.status, 1)
         self.assertTrue(world.is_valid(local))
         self.assertEqual(self.launcher.names, ["local"])
-
-    def test_modes_that_are_not_there(self) -> None:
-        """Check, repair and rounds are refused clearly."""
-        wanted = (Wanted(self.world.derive("a")),)
-        for request in (
-            BuildRequest(wanted, mode=BuildMode.CHECK),
-            BuildRequest(wanted, mode=BuildMode.REPAIR),
-            BuildRequest(wanted, options=ClientOptions(rounds=2)),
-        ):
-            error = self.error(self.world.engine.build(request, Recorder()))
-            self.assertIn("not supported yet", error.text)
 
     def test_builtins(self) -> None:
         """B31, D22: an unknown builtin fails for good; known ones are not there yet."""

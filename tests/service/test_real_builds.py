@@ -281,15 +281,15 @@ class NoLinksTests(PlayedCase):
 class RoundsTests(PlayedCase):
     options = {"rounds": 2}
 
-    async def test_not_effective(self) -> None:
-        """O24: `--rounds` has no effect yet, and does not keep anybody from building."""
+    async def test_default(self) -> None:
+        """O24, B14: `--rounds` counts for clients that do not say how many they want."""
         await self.build()
-        self.assertEqual(b"".join(self.log).count(b"@ build-started"), 1)
+        self.assertEqual(b"".join(self.log).count(b"@ build-started"), 2)
         client = await self.client()
-        await client.set_options(set_options(("build-repeat", "1")))
+        await client.set_options(set_options(("build-repeat", "0")))
         drv, _ = await self.derive(client, "y", "true")
-        error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
-        self.assertIn("not supported", error.text)
+        await client.build_paths([drv])
+        self.assertEqual(b"".join(self.log).count(b"@ build-started"), 1)
 
 
 class LargeTests(PlayedCase):
