@@ -73,6 +73,11 @@ class StoreDirectory(NamedTuple):
             raise NotInStore(f"path '{text}' is not in the store '{self.path}'")
         return StorePath(text)
 
+    def has_child(self, path: str) -> bool:
+        """Whether PATH is the store directory, a slash and one name."""
+        directory, _, name = path.rpartition("/")
+        return directory == self.path and name not in ("", ".", "..")
+
     def containing(self, text: str) -> StorePath:
         """Return the item that TEXT names or lies in.
 

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, EMLINK, ENOSPC
 from types import TracebackType
@@ -30,8 +30,8 @@ SMALLEST = 8192
 """Bytes of the smallest files that are shared: a link less saves nothing."""
 _ATTEMPTS = 32
 _MOST_NOTES = 100
-_BLOCK = 256 * 1024
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+BLOCK = 256 * 1024
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _numbers = itertools.count(1)
 
 
@@ -91,7 +91,7 @@ class Links:
 
     def share(
         self, dir_fd: int | None, name: str | bytes, key: bytes, status: os.stat_result
-    ) -> None:
+    ) -> bool:
         """Let the file NAME be the same as all equal ones of the store, or be their first.
 
         Nothing happens if it is small or no file at all.  Blocks for a moment.
@@ -99,18 +99,21 @@ class Links:
         :param dir_fd: None if NAME is a file name directly in the store.
         :param key: the sha256 of the file's archive, see `end_key`.
         :param status: of the file as it is now, with the store's mode and owner.
+        :return: whether another inode has taken the file's place.
         :raises StoreError: the file system refuses.
         """
         if not is_shared(status):
-            return
+            return False
         if status.st_mode & stat.S_IWUSR:
             self._tell("skipping the suspicious writable file", name)
-            return
+            return False
+        before = self.files
         try:
             self._share(dir_fd, name, to_base32(key), key, status)
         except OSError as error:
             text = f"cannot share '{os.fsdecode(name)}': {error.strerror}"
             raise StoreError(text) from error
+        return self.files > before
 
     def _share(
         self,
@@ -213,6 +216,7 @@ class Links:
         finally:
             # Renaming does nothing if another process has done the same meanwhile.
             _unlink(temporary, store)
+        reached("links.replaced")
         self.files += 1
         self.freed += status.st_size
         return True
@@ -222,7 +226,7 @@ class Links:
 
         :raises OSError: it cannot be read.
         """
-        fd = os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
+        fd = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
         try:
             status = os.fstat(fd)
             return key_of(fd, status) if stat.S_ISREG(status.st_mode) else None
@@ -234,13 +238,26 @@ class Links:
             self.notes.append(f"{what} '{os.fsdecode(name)}'")
 
 
-def key_of(fd: int, status: os.stat_result) -> bytes | None:
-    """Return the key of the file that FD is open on, at its beginning; None if it shrank."""
+def key_of(
+    fd: int,
+    status: os.stat_result,
+    buffer: memoryview | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bytes | None:
+    """Return the key of the file that FD is open on, at its beginning.
+
+    :param buffer: what it may be read into.
+    :param stopped: is asked after each block.
+    :return: None if it shrank, or it was STOPPED.
+    """
     size = status.st_size
     running = start_key(size, bool(status.st_mode & stat.S_IXUSR))
-    buffer = memoryview(bytearray(min(size, _BLOCK)))
+    if buffer is None:
+        buffer = memoryview(bytearray(min(size, BLOCK)))
     done = 0
     while done < size:
+        if stopped():
+            return None
         got = os.readv(fd, [buffer[: size - done]])
         if not got:
             return None

@@ -74,6 +74,19 @@ class Queries:
         rows = self._rows("SELECT path FROM ValidPaths ORDER BY path")
         return [StorePath(path) for (path,) in rows]
 
+    def items_after(self, path: str, limit: int) -> list[tuple[StorePath, str, int]]:
+        """Return the valid items that follow PATH in the order of bytes, at most LIMIT.
+
+        :return: path, hash as the database has it, and size of the archive or 0 of each.
+        """
+        rows = self._rows(
+            "SELECT path, hash, narSize FROM ValidPaths WHERE path > CAST(? AS TEXT)"
+            " ORDER BY path LIMIT ?",
+            path.encode("utf-8", "surrogateescape"),
+            limit,
+        )
+        return [(StorePath(found), hash_, size or 0) for found, hash_, size in rows]
+
     def path_info(self, path: StorePath) -> PathInfo:
         """Return what is known of PATH.
 

@@ -1,0 +1,60 @@
+"""All valid items in the order of their names, some at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from guixd.formats.path import StorePath
+from guixd.store.queries import Queries
+
+_READ_AT_ONCE = 512
+_MOST_ITEMS = 64
+_MOST_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A valid item as the database has it, be it well-formed or not."""
+
+    path: StorePath
+    hash_text: str
+    """`sha256:` and 64 hexadecimal digits, all of them 0 if the hash is unknown."""
+    nar_size: int
+    """In bytes, 0 if unknown."""
+
+
+class Survey:
+    """Goes through the valid items in small steps, in constant memory.
+
+    What becomes valid meanwhile may be left out, and what is told to be valid may not be
+    so any more.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+        self._rows: deque[Row] = deque()
+        self._last = ""
+        self._read = True
+
+    def take(self) -> list[Row]:
+        """Return the next items, so many that their files are a good piece of work.
+
+        :return: nothing at the end.
+        :raises StoreError: as all queries.
+        """
+        rows = self._rows
+        taken: list[Row] = []
+        size = 0
+        while len(taken) < _MOST_ITEMS and size < _MOST_BYTES:
+            if not rows and self._read:
+                found = self._queries.items_after(self._last, _READ_AT_ONCE)
+                self._read = len(found) == _READ_AT_ONCE
+                rows.extend(Row(*columns) for columns in found)
+                self._last = rows[-1].path if rows else ""
+            if not rows:
+                break
+            row = rows.popleft()
+            taken.append(row)
+            size += row.nar_size
+        return taken
