@@ -184,3 +184,21 @@ class BuildError(GuixdError):
     def __init__(self, text: str, status: int = 1) -> None:
         super().__init__(text)
         self.status = status
+
+
+class FetchError(GuixdError):
+    """A server, or the way to it, did not give what was asked for.
+
+    :ivar kind: `connect`, `dns`, `tls`, `proxy`, `http` (an answer that is no success),
+        `redirect`, `body` (cut short or garbled), `timeout`, `limit` (too long), `url`
+        (refused before any connection), `credentials` (they would not be safe), or
+        `fetcher` (the helper process is gone: the same may succeed at once).
+    :ivar http_status: what the server answered, 0 if it is not about that.
+    """
+
+    reason = "fetch"
+
+    def __init__(self, kind: str, text: str, http_status: int = 0) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.http_status = http_status

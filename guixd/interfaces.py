@@ -61,3 +61,26 @@ class ILauncher(Interface):
 
     def stop() -> object:
         """Kill all builders and end; the Deferred fires when that is done."""
+
+
+class IFetcher(Interface):
+    """Gets bytes from servers, in a process without the daemon's privileges."""
+
+    def fetch(request: Any, sink: int, *, head: Any = None, progress: Any = None) -> Any:
+        """Fetch the body of a `net.requests.Request` into the pipe SINK, which is closed.
+
+        :param head: called with the `Head` when the body begins.
+        :param progress: called with the compressed bytes received, now and then.
+        :return: a Deferred that fires with a `Fetched` or fails with `FetchError`;
+            cancelling it gives up.
+        """
+
+    def lookup(urls: Any, answered: Any, *, fields: Any = None, verify: bool = False) -> Any:
+        """Ask for URLS, whose bodies are short.
+
+        :param answered: called with the index of each URL and its `Answer`.
+        :return: a Deferred that fires when all are answered; cancelling it gives up.
+        """
+
+    def stop() -> Any:
+        """Give everything up; the Deferred fires when nothing is left."""

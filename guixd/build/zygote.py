@@ -5,36 +5,23 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor, IReadWriteDescriptor
+from twisted.internet.interfaces import IReactorFDSet, IReadWriteDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-import guixd
+from guixd.net.helpers import Death, start_helper
 from guixd.sandbox.zygote import LARGEST_PACKET
 
 _log = Logger()
 
-_BOOT = (
-    "import sys; sys.path[:] = sys.argv[2:]; "
-    "from guixd.sandbox.zygote import main; main(int(sys.argv[1]))"
-)
 _READ_AT_ONCE = 64
 """Most packets taken in one turn of the reactor."""
-
-
-def _search_path() -> list[str]:
-    """Where the zygote finds modules: this very package first, and what the daemon trusts."""
-    parent = os.path.dirname(os.path.dirname(os.path.abspath(guixd.__file__)))
-    others = [entry for entry in sys.path if os.path.isabs(entry) and entry != parent]
-    return [parent, *others]
 
 
 @implementer(IReadWriteDescriptor)
@@ -56,17 +43,10 @@ class Zygote:
         self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            number = theirs.fileno()
-            command = [sys.executable, "-I", "-X", "utf8", "-c", _BOOT, str(number)]
-            self._process = subprocess.Popen(
-                [*command, *_search_path()],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(number,),
-                cwd="/",
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-            )
+            environ = {"PATH": os.environ.get("PATH", os.defpath)}
+            self._process = start_helper("guixd.sandbox.zygote", theirs, environ)
         self._socket.setblocking(False)
-        self._death = _Death(reactor, self._process.pid, self._ended)
+        self._death = Death(reactor, self._process.pid, self._ended)
         self._open = True
         reactor.addReader(self)
 
@@ -110,7 +90,7 @@ class Zygote:
             except BlockingIOError:
                 self._reactor.addWriter(self)
                 return
-            except OSError:  # It is dying, which `_Death` tells.
+            except OSError:  # It is dying, which `Death` tells.
                 pass
             self._queue.popleft()
             _close(descriptors)
@@ -144,32 +124,6 @@ class Zygote:
         status = self._process.wait()
         _log.debug("zygote {pid} ended: {status}", pid=self._process.pid, status=status)
         self.ended.callback(None)
-
-
-@implementer(IReadDescriptor)
-class _Death:
-    """Waits for the end of a process."""
-
-    def __init__(self, reactor: IReactorFDSet, pid: int, ended: Callable[[], None]) -> None:
-        self._reactor = reactor
-        self._ended = ended
-        self._descriptor = os.pidfd_open(pid)
-        reactor.addReader(self)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def logPrefix(self) -> str:
-        return "zygote"
-
-    def doRead(self) -> None:
-        self.connectionLost(cast(Failure, None))
-        self._ended()
-
-    def connectionLost(self, reason: Failure) -> None:
-        self._reactor.removeReader(self)
-        os.close(self._descriptor)
-        self._descriptor = -1
 
 
 def _close(descriptors: Sequence[int]) -> None:

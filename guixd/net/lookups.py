@@ -1,0 +1,217 @@
+"""Many small answers at once: several connections to each server, several requests on each."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from urllib.parse import urljoin
+
+from twisted.internet.defer import Deferred
+
+from guixd.errors import FetchError
+from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
+from guixd.net.http1 import ResponseHead
+from guixd.net.proxies import Proxies
+from guixd.net.requests import Answer
+from guixd.net.transfers import REDIRECTS, split_url, without_user
+
+CONNECTIONS = 8
+"""To each server."""
+DEPTH = 32
+"""Requests on the way on each connection that has answered one before."""
+LONGEST_BODY = 1 << 20
+_TRIES = 3
+_MOST_REDIRECTS = 5
+_MAX_AGE = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,10})(?:$|[,\s])")
+
+
+class _Question(Exchange):
+    """One URL that is asked for."""
+
+    def __init__(self, url: str, request: bytes, done: Callable[[_Question, Answer], None]) -> None:
+        super().__init__(request)
+        self.url = url
+        self.tries = 0
+        self.redirects = 0
+        self.done = done
+        self._head: ResponseHead | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def head(self, head: ResponseHead) -> None:
+        self._head = head
+
+    def data(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > LONGEST_BODY:
+            connection = self.connection
+            self.failed(FetchError("limit", "the answer is too long"))
+            if connection is not None:
+                connection.abort()
+        else:
+            self._parts.append(data)
+
+    def end(self) -> None:
+        assert self._head is not None
+        age = _MAX_AGE.search(self._head.get("cache-control").lower())
+        answer = Answer(
+            self._head.status,
+            b"".join(self._parts),
+            int(age[1]) if age else None,
+            baking=self._head.get("x-baking") == "1",
+        )
+        self.done(self, answer)
+
+    def failed(self, error: FetchError) -> None:
+        self.done(self, Answer(0, error.text.encode(), None, error.kind))
+
+    @property
+    def location(self) -> str:
+        """Where the answer leads to, if it is a redirection."""
+        if self._head is None or self._head.status not in REDIRECTS:
+            return ""
+        return self._head.get("location")
+
+
+class _Server:
+    """The connections to one server, and who waits for them."""
+
+    def __init__(self, lookups: Lookups, way: Way) -> None:
+        self._lookups = lookups
+        self._way = way
+        self._waiting: deque[_Question] = deque()
+        self._connections: set[Connection] = set()
+        self._opening = 0
+
+    def ask(self, question: _Question) -> None:
+        """Put QUESTION to the server when there is room."""
+        self._waiting.append(question)
+
+    def forget(self, question: _Question) -> None:
+        """Do not ask QUESTION any more."""
+        if question in self._waiting:
+            self._waiting.remove(question)
+
+    def pump(self) -> None:
+        """Send what can be sent, over as many connections as that needs."""
+        for connection in sorted(self._connections, key=lambda each: each.waiting):
+            if connection.usable:
+                self._fill(connection)
+        wanted = len(self._waiting) - self._opening
+        room = CONNECTIONS - self._opening - len(self._connections)
+        for _ in range(min(wanted, room)):
+            self._opening += 1
+            Deferred.fromCoroutine(self._open())
+
+    def _fill(self, connection: Connection) -> None:
+        depth = DEPTH if connection.answered else 1
+        batch: list[_Question] = []
+        # Evenly over the connections, when there is little to do.
+        share = -(-len(self._waiting) // CONNECTIONS)
+        while self._waiting and connection.waiting + len(batch) < min(depth, max(share, 1)):
+            batch.append(self._waiting.popleft())
+        if batch:
+            connection.send_all(list(batch))
+
+    async def _open(self) -> None:
+        connections = self._lookups.connections
+        try:
+            connection = connections.take(self._way)
+            if connection is not None:
+                connection.adopt(self._idle, self._lost)
+            else:
+                connection = await connections.open(
+                    self._way, self._lookups.connect_timeout, self._lost, self._idle
+                )
+        except FetchError as error:
+            self._opening -= 1
+            if not self._connections and not self._opening:
+                waiting, self._waiting = self._waiting, deque()
+                for question in waiting:
+                    question.failed(error)
+            return
+        self._opening -= 1
+        self._connections.add(connection)
+        self.pump()
+
+    def _idle(self, connection: Connection) -> None:
+        self.pump()
+        if connection.waiting == 0:
+            self._connections.discard(connection)
+            self._lookups.connections.keep(self._way, connection)
+
+    def _lost(self, connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
+        self._connections.discard(connection)
+        for exchange in reversed(exchanges):
+            assert isinstance(exchange, _Question)
+            # A server may close after any answer; only one that never answers is given up.
+            exchange.tries += not connection.answered
+            if exchange.tries >= _TRIES or (not connection.answered and error.kind == "tls"):
+                exchange.failed(error)
+            else:
+                self._waiting.appendleft(exchange)
+        self.pump()
+
+
+class Lookups:
+    """All lookups of the fetcher.
+
+    :ivar connect_timeout: seconds for each address.
+    """
+
+    def __init__(self, connections: Connections, proxies: Proxies) -> None:
+        self.connections = connections
+        self.connect_timeout = 5.0
+        self._proxies = proxies
+        self._servers: dict[Way, _Server] = {}
+
+    def ask(
+        self,
+        urls: Sequence[str],
+        fields: dict[str, str],
+        verify: bool,
+        answered: Callable[[int, Answer], None],
+    ) -> Callable[[], None]:
+        """Ask for URLS; ANSWERED gets the number of each with its answer.
+
+        :return: what gives up those without an answer yet.
+        """
+        asked: dict[_Question, _Server] = {}
+
+        def put(number: int, url: str, redirects: int) -> _Server | None:
+            def done(question: _Question, answer: Answer) -> None:
+                asked.pop(question, None)
+                if question.location and question.redirects < _MOST_REDIRECTS:
+                    target = urljoin(question.url, question.location)
+                    server = put(number, target, question.redirects + 1)
+                    if server is not None:
+                        server.pump()
+                else:
+                    answered(number, answer)
+
+            try:
+                parts = split_url(url, ("http", "https"))
+                way = Way.to(parts, self._proxies.proxy_for(url), verify)
+            except FetchError as error:
+                answered(number, Answer(0, error.text.encode(), None, error.kind))
+                return None
+            question = _Question(without_user(parts), request_bytes(way, parts, fields), done)
+            question.redirects = redirects
+            server = self._servers.get(way)
+            if server is None:
+                server = self._servers[way] = _Server(self, way)
+            server.ask(question)
+            asked[question] = server
+            return server
+
+        used = [put(number, url, 0) for number, url in enumerate(urls)]
+        for server in {id(server): server for server in used if server is not None}.values():
+            server.pump()
+
+        def give_up() -> None:
+            for question, server in list(asked.items()):
+                server.forget(question)
+                question.done = lambda question, answer: None
+
+        return give_up

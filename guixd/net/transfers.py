@@ -1,0 +1,345 @@
+"""One body on its way from a server into a pipe (downloads §4, substitutes §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
+
+from guixd.errors import FetchError
+from guixd.net.codecs import BadData, decoder
+from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
+from guixd.net.endpoints import basic, refusal
+from guixd.net.http1 import ResponseHead
+from guixd.net.proxies import Proxies
+from guixd.net.requests import Fetched, Head, Request
+from guixd.net.sinks import Sink
+
+REDIRECTS = (301, 302, 303, 307, 308)
+PROGRESS = 0.2
+"""Seconds between reports."""
+_SHORT = 64 << 10
+"""Bytes of an unwanted body that are quicker taken than a new connection is opened."""
+
+
+class Body(Exchange):
+    """A response whose body goes to a sink.
+
+    :ivar begun: fires with the head.
+    :ivar complete: fires with None.  Either may fail with `FetchError`, but `complete`
+        only after `begun` has fired.
+    """
+
+    def __init__(self, clock: Any, request: bytes, idle: float) -> None:
+        super().__init__(request)
+        self.begun: Deferred[ResponseHead] = Deferred(lambda _: self.abort())
+        self.complete: Deferred[None] = Deferred(lambda _: self.abort())
+        self.write: Callable[[bytes], None] | None = None
+        self._early: list[bytes] = []
+        self._clock = clock
+        self._idle = idle
+        self._paused = False
+        self._last = clock.seconds()
+        self._timer: IDelayedCall | None = None
+
+    def watch(self) -> None:
+        """Begin to watch whether anything comes; to be called when the request is sent."""
+        if not self.begun.called:
+            self._last = self._clock.seconds()
+            self._timer = self._clock.callLater(self._idle, self._look)
+
+    def head(self, head: ResponseHead) -> None:
+        self._last = self._clock.seconds()
+        self.pause(True)  # until it is known where the body goes
+        if not self.begun.called:
+            self.begun.callback(head)
+
+    def flow(self, write: Callable[[bytes], None]) -> None:
+        """Let the body go to WRITE."""
+        self.write = write
+        early, self._early = self._early, []
+        for data in early:
+            write(data)
+        if not self._paused:
+            self.pause(False)
+
+    def hold(self, on: bool) -> None:
+        """Say whether the sink is full."""
+        self._paused = on
+        self._last = self._clock.seconds()
+        self.pause(on)
+
+    def data(self, data: bytes) -> None:
+        self._last = self._clock.seconds()
+        if self.write is None:
+            self._early.append(data)
+        else:
+            self.write(data)
+
+    def end(self) -> None:
+        self._stop()
+        if not self.complete.called:
+            self.complete.callback(None)
+
+    def failed(self, error: FetchError) -> None:
+        self._stop()
+        which: Deferred[Any] = self.complete if self.begun.called else self.begun
+        if not which.called:
+            which.errback(error)
+
+    def abort(self) -> None:
+        self._stop()
+        super().abort()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        left = self._last + self._idle - self._clock.seconds()
+        if self._paused:
+            left = self._idle
+        if left > 0:
+            self._timer = self._clock.callLater(left, self._look)
+            return
+        self.failed(FetchError("timeout", f"nothing came for {self._idle:g} seconds"))
+        self.abort()
+
+
+class Transfer:
+    """Fetches the body of a `Request` into the pipe SINK.
+
+    :param began: called with the `Head` before anything is written.
+    :param progress: called with the compressed bytes received, now and then.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        connections: Connections,
+        proxies: Proxies,
+        request: Request,
+        sink: int,
+        began: Callable[[Head], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._reactor = reactor
+        self._connections = connections
+        self._proxies = proxies
+        self._request = request
+        self._began = began
+        self._progress = progress
+        self._body: Body | None = None
+        self._received = 0
+        self._written = 0
+        self._reported = 0.0
+        self._sink = Sink(reactor, sink, self._full, self._broken)
+
+    async def run(self) -> Fetched:
+        """Fetch; the pipe is closed afterwards.
+
+        :raises FetchError: it cannot be had; parts may have been written.
+        """
+        try:
+            return await self._run()
+        except BadData as error:
+            raise FetchError("body", str(error)) from None
+        finally:
+            if self._body is not None:
+                self._body.abort()
+            self._sink.close()
+
+    async def _run(self) -> Fetched:
+        request = self._request
+        codec = decoder(request.compression)
+        body, answer, url = await self._answer()
+        head = self._head(answer, url)
+        self._began(head)
+
+        def write(data: bytes) -> None:
+            self._received += len(data)
+            now = self._reactor.seconds()
+            if now - self._reported >= PROGRESS:
+                self._reported = now
+                self._progress(self._received)
+            try:
+                for block in codec.feed(data):
+                    self._write(block)
+            except BadData as error:
+                body.failed(FetchError("body", str(error)))
+                body.abort()
+
+        body.flow(write)
+        await body.complete
+        codec.end()
+        self._progress(self._received)
+        flushed: Deferred[None] = Deferred()
+        self._sink.end(lambda: flushed.callback(None))
+        await flushed
+        return Fetched(head, self._received, self._written)
+
+    def _write(self, block: bytes) -> None:
+        self._written += len(block)
+        limit = self._request.limit
+        if limit is not None and self._written > limit:
+            assert self._body is not None
+            self._body.failed(FetchError("limit", f"more than {limit} bytes came"))
+            self._body.abort()
+            return
+        self._sink.write(block)
+
+    def _full(self, on: bool) -> None:
+        if self._body is not None:
+            self._body.hold(on)
+
+    def _broken(self) -> None:
+        if self._body is not None:
+            self._body.failed(FetchError("fetcher", "the data is no longer wanted"))
+            self._body.abort()
+
+    # --- to the answer that has the body ------------------------------------------
+
+    async def _answer(self) -> tuple[Body, ResponseHead, str]:
+        """Return the response with the body, and its URL."""
+        request = self._request
+        url = request.url
+        user = urlsplit(url)
+        for _ in range(request.redirects + 1):
+            parts = split_url(url, request.schemes)
+            way = Way.to(parts, self._proxies.proxy_for(url), request.verify)
+            body, answer = await self._get(way, parts, self._fields(way, parts, user))
+            bare = without_user(parts)
+            if answer.status not in REDIRECTS:
+                self._check_status(answer, way)
+                return body, answer, bare
+            location = answer.get("location")
+            await _dismiss(body, answer)
+            if not location:
+                raise FetchError("redirect", f"redirected to nowhere ({answer.status})")
+            target = urljoin(bare, location)
+            try:
+                split_url(target, request.schemes)
+            except FetchError as error:
+                raise FetchError("redirect", f"redirected, but {error.text}") from None
+            url = target
+        raise FetchError("redirect", f"more than {request.redirects} redirections")
+
+    def _fields(self, way: Way, parts: SplitResult, user: SplitResult) -> dict[str, str]:
+        request = self._request
+        fields = dict(request.headers)
+        if request.offset:
+            fields["Range"] = f"bytes={request.offset}-"
+            if request.validator:
+                fields["If-Range"] = request.validator
+        credentials = parts if parts.username is not None else None
+        if user.username is not None and _origin(parts) == _origin(user):
+            credentials = user
+        if credentials is not None:
+            if way.scheme == "https" and not way.verify:
+                raise FetchError(
+                    "credentials", "no password is sent to a server whose certificate is not right"
+                )
+            name, password = credentials.username or "", credentials.password or ""
+            fields["Authorization"] = basic(f"{unquote(name)}:{unquote(password)}")
+        return fields
+
+    async def _get(
+        self, way: Way, parts: SplitResult, fields: dict[str, str]
+    ) -> tuple[Body, ResponseHead]:
+        """Return a response; a connection that was kept too long is given up for a new one."""
+        request = request_bytes(way, parts, fields)
+        while True:
+            body = self._body = Body(self._reactor, request, self._request.idle_timeout)
+            kept = self._connections.take(way)
+            try:
+                if kept is None:
+                    connection = await self._connections.open(
+                        way, self._request.connect_timeout, _give_up
+                    )
+                else:
+                    connection = kept
+                connection.send(body)
+                body.watch()
+                return body, await body.begun
+            except FetchError as error:
+                body.abort()
+                if kept is None or body.began or error.kind == "timeout":
+                    raise
+            except BaseException:
+                body.abort()
+                raise
+
+    def _check_status(self, answer: ResponseHead, way: Way) -> None:
+        if answer.status == 200 or (answer.status == 206 and self._request.offset):
+            return
+        if answer.status == 407 and way.proxy is not None:
+            text = f"the proxy {way.proxy.name} {refusal(answer.status, answer.phrase)}"
+            raise FetchError("proxy", text, answer.status)
+        through = f", through the proxy {way.proxy.name}" if way.proxy is not None else ""
+        text = f"the server answers {answer.status} {answer.phrase}".rstrip() + through
+        raise FetchError("http", text, answer.status)
+
+    def _head(self, answer: ResponseHead, url: str) -> Head:
+        offset, size = 0, answer.size
+        if answer.status == 206:
+            words = answer.get("content-range").replace("/", " ").replace("-", " ").split()
+            if len(words) != 4 or words[0] != "bytes" or words[1] != str(self._request.offset):
+                raise FetchError("body", "the server sends another part than was asked for")
+            offset = self._request.offset
+            if size is not None:
+                size += offset
+            elif words[3].isascii() and words[3].isdigit() and len(words[3]) < 16:
+                size = int(words[3])
+        tag = answer.get("etag")
+        validator = tag if tag.startswith('"') else answer.get("last-modified")
+        return Head(url, size, offset, validator[:1024], answer.get("content-type")[:256])
+
+
+async def _dismiss(body: Body, answer: ResponseHead) -> None:
+    """Be done with a response whose body nobody wants; the connection is kept if that is cheap."""
+    if answer.size is not None and answer.size <= _SHORT:
+        body.flow(lambda data: None)
+        try:
+            await body.complete
+        except FetchError:
+            pass
+    else:
+        body.complete.addErrback(lambda failure: None)
+        body.abort()
+
+
+def _give_up(connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
+    for exchange in exchanges:
+        exchange.failed(error)
+
+
+def split_url(url: str, schemes: Any) -> SplitResult:
+    """Split URL into its parts.
+
+    :raises FetchError: it cannot be fetched (kind `url`).
+    """
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:
+        raise FetchError("url", "the URL is not well-formed") from None
+    if parts.scheme not in schemes:
+        raise FetchError("url", f"URLs of type '{parts.scheme}' are not fetched")
+    if not host or any(character <= " " or character == "\x7f" for character in url):
+        raise FetchError("url", "the URL is not well-formed")
+    return parts
+
+
+def without_user(parts: SplitResult) -> str:
+    """Return the URL of PARTS without user information and fragment."""
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
+
+
+def _origin(parts: SplitResult) -> tuple[str, str | None, int | None]:
+    return parts.scheme, parts.hostname, parts.port

@@ -1,0 +1,115 @@
+"""Bodies through the fetcher, from servers good and bad (downloads §4; W8, W10, W11, W22)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from twisted.internet.defer import Deferred
+
+from guixd.errors import FetchError
+from guixd.net.requests import Answer
+from tests.net.servers import Asked, FetcherCase, Server, always, answer, unused_port
+
+
+class GoodServerTest(FetcherCase):
+    async def test_one_connection_serves_several_requests(self) -> None:
+        server = Server(self, always(answer(b"hello")))
+        for _ in range(3):
+            body, fetched = await self.fetch(server.url())
+            self.assertEqual((body, fetched.received, fetched.written), (b"hello", 5, 5))
+        self.assertEqual(len(server.connections), 1)
+        self.assertIn("User-Agent: GNU Guile", server.requests[0])
+
+    async def test_large_bodies_come_whole(self) -> None:
+        content = os.urandom(3 << 20)
+        server = Server(self, always(answer(content)))
+        body, fetched = await self.fetch(server.url())
+        self.assertEqual(body, content)
+        self.assertEqual(fetched.head.size, len(content))
+
+    async def test_chunked_bodies(self) -> None:
+        """W8"""
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        text = b"5;x=y\r\nhello\r\n3\r\n, w\r\n0\r\n\r\n"
+        server = Server(self, always(head + text))
+        self.assertEqual((await self.fetch(server.url()))[0], b"hello, w")
+
+    async def test_bodies_that_end_with_the_connection(self) -> None:
+        def script(connection: Asked, _: str) -> None:
+            connection.send(b"HTTP/1.0 200 OK\r\n\r\nhello")
+            connection.close()
+
+        server = Server(self, script)
+        self.assertEqual((await self.fetch(server.url()))[0], b"hello")
+
+    async def test_many_lookups_at_once(self) -> None:
+        def script(connection: Asked, request: str) -> None:
+            number = request.split()[1].removeprefix("/")
+            if number == "7":
+                connection.send(answer(status="404 Not Found", Cache_Control="max-age=60"))
+            else:
+                connection.send(answer(number.encode()))
+
+        server = Server(self, script)
+        answers: dict[int, Answer] = {}
+        urls = [server.url(f"/{number}") for number in range(500)]
+        await self.fetcher.lookup(urls, answers.__setitem__)
+        self.assertEqual(answers[7], Answer(404, b"", 60))
+        del answers[7]
+        self.assertEqual({n: a.body for n, a in answers.items()}, _bodies(500, 7))
+        self.assertLess(len(server.connections), 10)
+
+
+def _bodies(count: int, without: int) -> dict[int, bytes]:
+    return {number: b"%d" % number for number in range(count) if number != without}
+
+
+class BadServerTest(FetcherCase):
+    async def test_short_bodies(self) -> None:
+        """W8"""
+
+        def script(connection: Asked, _: str) -> None:
+            connection.send(answer(b"hello", length=10))
+            connection.close()
+
+        error = await self.refused(Server(self, script).url())
+        self.assertEqual(error.kind, "body")
+
+    async def test_refused_connections_and_statuses(self) -> None:
+        """W8"""
+        error = await self.refused(f"http://127.0.0.1:{unused_port()}/")
+        self.assertEqual(error.kind, "connect")
+        error = await self.refused(Server(self, always(answer(status="404 No"))).url())
+        self.assertEqual((error.kind, error.http_status), ("http", 404))
+
+    async def test_stalled_servers_time_out(self) -> None:
+        """W8"""
+        server = Server(self, always(answer(b"hello", length=10)))
+        error = await self.refused(server.url(), idle_timeout=0.2)
+        self.assertEqual(error.kind, "timeout")
+
+
+class ProcessTest(FetcherCase):
+    async def test_the_process_has_no_privileges(self) -> None:
+        """W22"""
+        server = Server(self, always(answer(b"hello")))
+        await self.fetch(server.url())
+        text = Path(f"/proc/{self.fetcher.pid}/status").read_text()
+        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        if os.getuid() == 0:
+            self.assertNotIn("0", status["Uid"].split())
+            self.assertEqual(int(status["CapBnd"], 16), 0)
+            self.assertEqual(status["NoNewPrivs"], "1")
+
+    async def test_a_killed_process_is_replaced(self) -> None:
+        asked: Deferred[None] = Deferred()
+        server = Server(self, lambda connection, _: asked.callback(None))
+        running = Deferred.fromCoroutine(self.fetch(server.url()))
+        await asked
+        os.kill(self.fetcher.pid, signal.SIGKILL)
+        error = await self.assertFailure(running, FetchError)
+        self.assertEqual(error.kind, "fetcher")
+        server.script = always(answer(b"again"))
+        self.assertEqual((await self.fetch(server.url()))[0], b"again")
