@@ -20,6 +20,10 @@ from guixd.sandbox.zygote import LARGEST_PACKET
 
 _log = Logger()
 
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from guixd.sandbox.zygote import main; main(int(sys.argv[1]))"
+)
 _READ_AT_ONCE = 64
 """Most packets taken in one turn of the reactor."""
 
@@ -44,7 +48,7 @@ class Zygote:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             environ = {"PATH": os.environ.get("PATH", os.defpath)}
-            self._process = start_helper("guixd.sandbox.zygote", theirs, environ)
+            self._process = start_helper(_BOOT, theirs, environ)
         self._socket.setblocking(False)
         self._death = Death(reactor, self._process.pid, self._ended)
         self._open = True

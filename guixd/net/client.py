@@ -26,6 +26,10 @@ SILENCE = 30.0
 it is taken for dead."""
 TRIES = 3
 """How many helpers in turn may die of one lookup."""
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from guixd.net.fetcher import main; main(int(sys.argv[1]))"
+)
 _URLS_AT_ONCE = 200
 _KEPT_VARIABLES = ("PATH", "SSL_CERT_FILE", "LANG", "TZ")
 _LOST = "the process that downloads has died"
@@ -103,7 +107,7 @@ class Fetcher:
                 name: self._environ[name] for name in _KEPT_VARIABLES if name in self._environ
             }
             try:
-                process = start_helper("guixd.net.fetcher", theirs, environ)
+                process = start_helper(_BOOT, theirs, environ)
             except OSError:
                 ours.close()
                 raise

@@ -15,8 +15,6 @@ from zope.interface import implementer
 
 import guixd
 
-_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from {module} import main; main(int(sys.argv[1]))"
-
 
 def search_path() -> list[str]:
     """Where helpers find modules: this very package first, and what the daemon trusts."""
@@ -26,15 +24,16 @@ def search_path() -> list[str]:
 
 
 def start_helper(
-    module: str, end: socket.socket, environ: Mapping[str, str]
+    boot: str, end: socket.socket, environ: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Run `main(DESCRIPTOR)` of MODULE in a new process; the descriptor is that of END.
+    """Run the Python text BOOT in a new process; its arguments are the descriptor of END and
+    what `sys.path` should be.
 
     :param environ: all of its environment.
     :raises OSError: it cannot be started.
     """
     number = end.fileno()
-    command = [sys.executable, "-I", "-X", "utf8", "-c", _BOOT.format(module=module), str(number)]
+    command = [sys.executable, "-I", "-X", "utf8", "-c", boot, str(number)]
     return subprocess.Popen(
         [*command, *search_path()],
         stdin=subprocess.DEVNULL,
