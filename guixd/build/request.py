@@ -59,6 +59,10 @@ class ClientOptions:
     max_log_size: int = 0
     rounds: int = 1
     use_substitutes: bool = True
+    substitute_urls: tuple[str, ...] = ()
+    """Servers, the preferred ones first."""
+    follow_downloads: bool = False
+    """Whether the client follows downloads by their traces."""
     offload: bool = True
     deduplicate: bool = True
     client_uid: int | None = None

@@ -185,6 +185,12 @@ class SessionOptions:
         return bool(self._typed("build-use-substitutes", self.settings.use_substitutes))
 
     @property
+    def follow_downloads(self) -> bool:
+        """Whether the client follows downloads by their traces (spec: downloads §4)."""
+        name = "print-extended-build-trace"
+        return "1" in (self.table.get(name), self.table.get(f"untrusted-{name}"))
+
+    @property
     def deduplicate(self) -> bool:
         """Whether files that are added or built are shared with equal ones."""
         return bool(self._typed("auto-optimise-store", self.settings.deduplicate))
@@ -225,6 +231,7 @@ class SessionOptions:
             max_log_size=self._typed("build-max-log-size", self.settings.max_log_size),
             rounds=max(1, rounds),
             use_substitutes=self.use_substitutes,
+            follow_downloads=self.follow_downloads,
             offload=self.offload,
             deduplicate=self.deduplicate,
             client_uid=uid,
