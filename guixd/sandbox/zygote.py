@@ -79,6 +79,8 @@ def main(control: int) -> NoReturn:
     gc.freeze()
     try:
         _Zygote().serve()
+    except ConnectionError:
+        pass  # The daemon has been killed.
     except Exception:  # noqa: BLE001
         sys.excepthook(*sys.exc_info())
     finally:

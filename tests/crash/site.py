@@ -1,0 +1,155 @@
+"""A store, the daemon that serves it and dies again and again, and its clients."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from twisted.internet import reactor as installed
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.internet.error import ConnectError
+from twisted.trial.unittest import TestCase
+
+from guixd.client import Client, Disconnected, connect
+from guixd.formats.path import StoreDirectory
+from guixd.settings import Directories
+from tests.crash.inspection import problems
+from tests.crash.items import BUSYBOX, Items
+from tests.crash.nursery import Death, Nursery
+from tests.crash.work import Task, Work
+from tests.service.world import EndpointAs
+from tests.support import has_user_namespaces, is_root, requires, temporary_directory
+
+reactor: Any = installed
+FIRST_UID = 3_000_000 + 16 * os.getpid()
+STRANGER = 61998
+PATIENCE = 10.0
+"""Seconds after the clients have lost the daemon in which it must be dead."""
+
+requires_builders = requires(
+    lambda: os.path.exists(BUSYBOX) and (is_root() or has_user_namespaces()),
+    "busybox-static, and root or unprivileged user namespaces",
+)
+
+
+class Site:
+    """One store.
+
+    :ivar items: all that its clients make.
+    :ivar kills: how often its daemon has been killed.
+    """
+
+    def __init__(self, case: TestCase, *options: str) -> None:
+        self.directory = top = temporary_directory(case, world_readable=True)
+        self.directories = Directories(
+            store=f"{top}/store",
+            state=f"{top}/var",
+            log=f"{top}/log",
+            database=f"{top}/var/db",
+            configuration=f"{top}/etc",
+            temporary=f"{top}/tmp",
+        )
+        for name in ("tmp", "links"):
+            os.mkdir(f"{top}/{name}")
+        self.kills = 0
+        self.items = Items(StoreDirectory(self.directories.store))
+        self._arguments = ["--max-jobs=2", *options]
+        if is_root():
+            self._arguments.append(f"--build-uids={FIRST_UID}-{FIRST_UID + 3}:64001")
+        self._environ = {
+            "PATH": os.environ["PATH"],
+            "NIX_STORE_DIR": self.directories.store,
+            "GUIX_STATE_DIRECTORY": self.directories.state,
+            "GUIX_LOG_DIRECTORY": self.directories.log,
+            "GUIX_CONFIGURATION_DIRECTORY": self.directories.configuration,
+            "TMPDIR": self.directories.temporary,
+        }
+        self._nursery = Nursery.shared()
+        self._log = f"{top}/daemon.log"
+        self._runs = False
+        case.addCleanup(self.end)
+
+    def work(self, random: Random, label: str) -> Work:
+        """Return a maker of tasks."""
+        return Work(self.items, f"{self.directory}/links", random, label, self._stranger)
+
+    def start(self) -> None:
+        """Start the daemon."""
+        self._nursery.start(self._arguments, self._environ, self._log)
+        self._runs = True
+
+    def arm(self, fault: str = "", calls: int = 0) -> None:
+        """Let the daemon die later; see `Nursery.arm`."""
+        self._nursery.arm(fault, calls)
+
+    def end(self, patience: float = 0) -> Death | None:
+        """Kill the daemon unless it dies within PATIENCE seconds; nothing may be left of it."""
+        if not self._runs:
+            return None
+        self._runs = False
+        death = self._nursery.end(patience)
+        self.kills += 1
+        if death.survivors:
+            raise AssertionError(f"the daemon's death is survived by {death.survivors}")
+        log = Path(self._log).read_text()
+        if "Traceback" in log:
+            raise AssertionError(log)
+        return death
+
+    async def client(self) -> Client:
+        """Return a new client.
+
+        :raises Disconnected: there is no daemon, or not for long.
+        """
+        return await self._connect(UNIXClientEndpoint(reactor, self.directories.socket))
+
+    async def _stranger(self) -> Client:
+        if not is_root():
+            return await self.client()
+        return await self._connect(EndpointAs(self.directories.socket, STRANGER))
+
+    async def _connect(self, endpoint: Any) -> Client:
+        try:
+            return await connect(endpoint, store=self.items.store)
+        except (ConnectError, OSError) as error:
+            raise Disconnected(f"no daemon: {error}") from error
+
+    async def do(self, *scripts: Sequence[Task]) -> bool:
+        """Do the tasks of each script by a client of its own.
+
+        :return: whether all was done before the daemon died.
+        """
+        results = await gatherResults(
+            [Deferred.fromCoroutine(self._do(script)) for script in scripts], consumeErrors=True
+        )
+        return all(results)
+
+    async def _do(self, script: Sequence[Task]) -> bool:
+        try:
+            client = await self.client()
+        except Disconnected:
+            return False
+        try:
+            for task in script:
+                await task(client)
+        except Disconnected:
+            return False
+        finally:
+            await client.close()
+        return True
+
+    def inspect(self) -> None:
+        """Raise AssertionError unless all that is valid is right."""
+        found = problems(self.directories, self.items)
+        if found:
+            raise AssertionError("\n".join(found))
+
+    def forget_kept(self) -> None:
+        """Remove the directories of failed builds that were kept."""
+        for entry in Path(self.directories.temporary).iterdir():
+            shutil.rmtree(entry)

@@ -1,0 +1,247 @@
+"""What clients do while the daemon is killed: requests whose outcome is known.
+
+All of it can be done again after a crash, with the same outcome.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import TypeAlias
+
+from guixd.build.request import BuildMode
+from guixd.client import Client, RequestFailed
+from guixd.formats.path import StorePath
+from tests.archives import File, Link, Tree, archive
+from tests.crash.items import Items, Recipe
+from tests.service.world import set_options
+
+Task: TypeAlias = Callable[[Client], Awaitable[None]]
+"""One or a few requests; an error or a wrong reply is an exception."""
+
+BLOCK = 40_000
+"""Bytes in which archives are sent."""
+
+
+def same(found: object, wanted: object) -> None:
+    """Raise AssertionError unless the two are equal."""
+    if found != wanted:
+        raise AssertionError(f"{found!r} instead of {wanted!r}")
+
+
+class Work:
+    """Makes tasks.
+
+    :param items: what they make.
+    :param directory: where links to items are put.
+    :param random: decides what each task is about.
+    :param label: part of all names, so that nothing is there already.
+    :param stranger: connects as a user that the daemon does not trust, if it can.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        directory: str,
+        random: Random,
+        label: str,
+        stranger: Callable[[], Awaitable[Client]],
+    ) -> None:
+        self._items = items
+        self._stranger = stranger
+        self._directory = directory
+        self._random = random
+        self._label = label
+        self._number = 0
+        self._makers: tuple[Callable[[], Iterator[Task]], ...] = (
+            self.small_texts, self.large_text, self.tree, self.stream, self.flat_file, self.roots,
+            self.build, self.fixed_build, self.failing_build, self.checked_build,
+            self.repairing_build, self.optimise, self.queries,
+        )  # fmt: skip
+
+    def script(self, length: int) -> list[Task]:
+        """Return the tasks of one client, in their order; later ones use what earlier ones made."""
+        return [task for _ in range(length) for task in self._random.choice(self._makers)()]
+
+    def everything(self) -> list[Task]:
+        """Return tasks of all kinds."""
+        return [task for make in self._makers for task in make()]
+
+    def _name(self, kind: str) -> str:
+        self._number += 1
+        return f"{kind}-{self._label}-{self._number}"
+
+    def _shared(self) -> bytes:
+        """Return one of few contents that are large enough to be shared."""
+        return bytes([self._random.randrange(4)]) * 9000
+
+    # --- adding --------------------------------------------------------------------
+
+    def small_texts(self) -> Iterator[Task]:
+        last: StorePath | None = None
+        for _ in range(3):
+            name = self._name("text")
+            yield self._add_text(name, name.encode(), () if last is None else (last,))
+            last = self._items.text(name, name.encode(), () if last is None else (last,))
+
+    def large_text(self) -> Iterator[Task]:
+        yield self._add_text(self._name("large"), self._random.randbytes(300_000), ())
+
+    def _add_text(self, name: str, text: bytes, references: tuple[StorePath, ...]) -> Task:
+        path = self._items.text(name, text, references)
+
+        async def add(client: Client) -> None:
+            same(await client.add_text(name, text, references), path)
+
+        return add
+
+    def tree(self) -> Iterator[Task]:
+        tree: Tree = {
+            b"a": File(self._name("contents").encode(), executable=True),
+            b"b": {b"link": Link(b"../a"), b"shared": File(self._shared())},
+            b"c": File(self._shared()),
+        }
+        yield self._add_tree(self._name("tree"), tree)
+
+    def stream(self) -> Iterator[Task]:
+        """A tree that comes in many pieces."""
+        files: dict[bytes, Tree] = {
+            b"%d" % number: File(self._random.randbytes(50_000)) for number in range(4)
+        }
+        yield self._add_tree(self._name("stream"), {**files, b"shared": File(self._shared())})
+
+    def flat_file(self) -> Iterator[Task]:
+        yield self._add_tree(self._name("flat"), File(self._random.randbytes(10_000)), flat=True)
+
+    def _add_tree(self, name: str, tree: Tree, *, flat: bool = False) -> Task:
+        path, nar = self._items.tree(name, tree, flat=flat), archive(tree)
+        blocks = [nar[start : start + BLOCK] for start in range(0, len(nar), BLOCK)]
+
+        async def add(client: Client) -> None:
+            same(await client.add_nar(name, blocks, recursive=not flat), path)
+
+        return add
+
+    # --- building ------------------------------------------------------------------
+
+    def build(self) -> Iterator[Task]:
+        """Two derivations, one of which uses the other's two outputs."""
+        first = self._items.derive(
+            self._name("first"),
+            "mkdir $out $lib; yes x | head -c 20000 > $lib/data; echo $lib > $out/lib",
+            outputs=("out", "lib"),
+        )
+        out, lib = first.outputs["out"], first.outputs["lib"]
+        self._items.make(lib, {b"data": File(b"x\n" * 10_000)})
+        self._items.make(out, {b"lib": File(f"{lib}\n".encode())}, (lib,))
+        second = self._items.derive(
+            self._name("second"), f"cat {out}/lib {lib}/data > $out", inputs=[first]
+        )
+        path = second.outputs["out"]
+        self._items.make(path, File(f"{lib}\n".encode() + b"x\n" * 10_000), (lib,))
+        yield self._build(first, second)
+
+    def fixed_build(self) -> Iterator[Task]:
+        name = self._name("fixed")
+        contents = f"{name}\n".encode()
+        recipe = self._items.derive(name, "echo $name > $out", fixed=contents)
+        self._items.make(recipe.outputs["out"], File(contents))
+        yield self._build(recipe)
+
+    def _build(self, *recipes: Recipe) -> Task:
+        """Add RECIPES and build the last one."""
+
+        async def build(client: Client) -> None:
+            await self._add_recipes(client, recipes)
+            last = recipes[-1]
+            await client.build_paths([last.path])
+            for output in last.outputs.values():
+                same(await client.is_valid_path(output), True)
+
+        return build
+
+    async def _add_recipes(self, client: Client, recipes: tuple[Recipe, ...]) -> None:
+        same(await client.add_nar("tools", [archive(self._items.tools_tree)]), self._items.tools)
+        for recipe in recipes:
+            name = recipe.path.name
+            same(await client.add_text(name, recipe.text, recipe.references), recipe.path)
+
+    def failing_build(self) -> Iterator[Task]:
+        """A build that leaves an output and fails, whose directory is kept."""
+        recipe = self._items.derive(self._name("failing"), "mkdir $out; echo > $out/x; exit 3")
+
+        async def build(client: Client) -> None:
+            await self._add_recipes(client, (recipe,))
+            stranger = await self._stranger()
+            try:
+                await stranger.set_options(set_options(keep_failed=True))
+                await stranger.build_paths([recipe.path])
+            except RequestFailed as error:
+                same(error.status, 100)
+            else:
+                raise AssertionError("the build did not fail")
+            finally:
+                await stranger.close()
+
+        yield build
+
+    def checked_build(self) -> Iterator[Task]:
+        """A build that is done again, to be compared."""
+        recipe = self._simple("checked")
+        yield self._build(recipe)
+
+        async def check(client: Client) -> None:
+            await client.build_paths([recipe.path], BuildMode.CHECK)
+
+        yield check
+
+    def repairing_build(self) -> Iterator[Task]:
+        """A build whose output is spoilt and then repaired by another build."""
+        recipe = self._simple("repaired")
+        out = Path(recipe.outputs["out"])
+
+        async def repair(client: Client) -> None:
+            await self._build(recipe)(client)
+            out.chmod(0o644)
+            out.write_text("spoilt")
+            await client.build_paths([recipe.path], BuildMode.REPAIR)
+
+        yield repair
+
+    def _simple(self, kind: str) -> Recipe:
+        name = self._name(kind)
+        recipe = self._items.derive(name, "echo $name > $out")
+        self._items.make(recipe.outputs["out"], File(f"{name}\n".encode()))
+        return recipe
+
+    # --- the whole store, roots and queries --------------------------------------
+
+    def optimise(self) -> Iterator[Task]:
+        yield lambda client: client.optimise_store()
+
+    def roots(self) -> Iterator[Task]:
+        name = self._name("root")
+        path = self._items.text(name, b"", ())
+        link = f"{self._directory}/{name}"
+
+        async def root(client: Client) -> None:
+            same(await client.add_text(name, b""), path)
+            if not os.path.islink(link):
+                os.symlink(path, link)
+            await client.add_temp_root(path)
+            await client.add_indirect_root(link)
+            same((link, path) in await client.find_roots(), True)
+
+        yield root
+
+    def queries(self) -> Iterator[Task]:
+        async def ask(client: Client) -> None:
+            paths = await client.all_valid_paths()
+            same(set(paths) - set(self._items.expected), set())
+            for path in await client.valid_paths(list(paths)[:5]):
+                info = await client.path_info(path)
+                same(info.nar_hash, self._items.expected[path].nar_hash)
+
+        yield ask
