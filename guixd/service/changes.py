@@ -76,7 +76,6 @@ HANDLERS: Handlers = {
     op.FindRoots: find_roots,
     op.ClearFailedPaths: clear_failed_paths,
     op.CollectGarbage: not_yet,
-    op.VerifyStore: not_yet,
     op.ExportPath: not_yet,
     op.ImportPaths: not_yet,
 }

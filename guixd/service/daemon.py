@@ -18,7 +18,7 @@ from guixd.build.threads import Threads
 from guixd.errors import Busy, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StorePath
-from guixd.service import adding, building, changes, maintenance, queries
+from guixd.service import adding, building, changes, optimising, queries, verifying
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
 from guixd.service.options import not_effective
@@ -39,7 +39,8 @@ HANDLERS: Handlers = {
     **adding.HANDLERS,
     **building.HANDLERS,
     **changes.HANDLERS,
-    **maintenance.HANDLERS,
+    **optimising.HANDLERS,
+    **verifying.HANDLERS,
 }
 QUICK: QuickHandlers = {**queries.QUICK, **adding.QUICK}
 

@@ -32,3 +32,14 @@ class Registration:
     nar_size: int
     references: frozenset[StorePath] = frozenset()
     deriver: StorePath | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A valid item as the database has it, be it well-formed or not."""
+
+    path: StorePath
+    hash_text: str
+    """`sha256:` and 64 hexadecimal digits, all of them 0 if the hash is unknown."""
+    nar_size: int
+    """In bytes, 0 if unknown."""

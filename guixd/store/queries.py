@@ -11,7 +11,7 @@ from typing import Any
 from guixd.errors import BadHash, PathNotValid, StoreError
 from guixd.formats.path import HASH_LENGTH, StoreDirectory, StorePath
 from guixd.store.changes import ClosedMark, find_mark
-from guixd.store.items import PathInfo
+from guixd.store.items import PathInfo, Row
 from guixd.store.schema import connect, database_file, sqlite_errors, store_error
 
 _HASH_PREFIX = "sha256:"
@@ -74,18 +74,23 @@ class Queries:
         rows = self._rows("SELECT path FROM ValidPaths ORDER BY path")
         return [StorePath(path) for (path,) in rows]
 
-    def items_after(self, path: str, limit: int) -> list[tuple[StorePath, str, int]]:
-        """Return the valid items that follow PATH in the order of bytes, at most LIMIT.
-
-        :return: path, hash as the database has it, and size of the archive or 0 of each.
-        """
+    def items_after(self, path: str, limit: int) -> list[Row]:
+        """Return the valid items that follow PATH in the order of bytes, at most LIMIT."""
         rows = self._rows(
             "SELECT path, hash, narSize FROM ValidPaths WHERE path > CAST(? AS TEXT)"
             " ORDER BY path LIMIT ?",
             path.encode("utf-8", "surrogateescape"),
             limit,
         )
-        return [(StorePath(found), hash_, size or 0) for found, hash_, size in rows]
+        return [Row(StorePath(found), hash_, size or 0) for found, hash_, size in rows]
+
+    def find_row(self, path: StorePath) -> Row | None:
+        """Return PATH as the database has it, `None` if it is not valid."""
+        rows = self._rows(
+            "SELECT hash, narSize FROM ValidPaths WHERE path = CAST(? AS TEXT)",
+            path.encode("utf-8", "surrogateescape"),
+        )
+        return Row(path, rows[0][0], rows[0][1] or 0) if rows else None
 
     def path_info(self, path: StorePath) -> PathInfo:
         """Return what is known of PATH.

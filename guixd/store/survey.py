@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
-from guixd.formats.path import StorePath
+from guixd.store.items import Row
 from guixd.store.queries import Queries
 
 _READ_AT_ONCE = 512
 _MOST_ITEMS = 64
 _MOST_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A valid item as the database has it, be it well-formed or not."""
-
-    path: StorePath
-    hash_text: str
-    """`sha256:` and 64 hexadecimal digits, all of them 0 if the hash is unknown."""
-    nar_size: int
-    """In bytes, 0 if unknown."""
 
 
 class Survey:
@@ -50,7 +38,7 @@ class Survey:
             if not rows and self._read:
                 found = self._queries.items_after(self._last, _READ_AT_ONCE)
                 self._read = len(found) == _READ_AT_ONCE
-                rows.extend(Row(*columns) for columns in found)
+                rows.extend(found)
                 self._last = rows[-1].path if rows else ""
             if not rows:
                 break

@@ -155,14 +155,11 @@ class MalformedTests(HostileCase):
 
 class RefusedTests(HostileCase):
     async def test_not_served(self) -> None:
-        """P18: what this version does not do is an error that says so, and all goes on."""
+        """P7: what this version does not do is an error that says so, and all goes on."""
         bystander = await self.begin()
         client = await self.client()
         path = self.path("x")
         for work in (
-            lambda: client.optimise_store(),
-            lambda: client.verify_store(repair=True),
-            lambda: client.verify_store(check_contents=True),
             lambda: client.call(op.ExportPath(path, False)),
             lambda: client.import_paths([bytes(8)]),
             lambda: client.collect_garbage(2),

@@ -104,7 +104,6 @@ class QueryTests(DaemonCase):
         path = await client.add_text("x", b"y")
         for work in (
             client.collect_garbage(2),
-            client.verify_store(),
             client.export_path(path, lambda data: None),
             client.import_paths([b"x"]),
         ):

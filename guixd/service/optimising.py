@@ -1,74 +1,20 @@
-"""Requests that look at the whole store (spec: protocol §5, op 34; store §9).
-
-Worker threads look at some items at a time, so that others have their turn, and the
-client may leave at any moment.
-"""
+"""Sharing the files of the whole store on demand (spec: protocol §5, op 34; store §9)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
-
-from twisted.internet.defer import Deferred, DeferredList
-from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
 
 from guixd.build.request import Level
 from guixd.formats import operations as op
 from guixd.formats.path import StorePath
 from guixd.formats.sizes import size_text
 from guixd.service.session import Handlers, Session
+from guixd.service.sweep import WORKERS, Progress, in_parallel
+from guixd.store.items import Row
 from guixd.store.optimise import Optimisation
 from guixd.store.roots import TempRoots
-from guixd.store.survey import Row, Survey
-
-WORKERS = 2
-"""How many threads look at the store for one client; others need some, too."""
-PROGRESS = 5.0
-"""Seconds after which the client is told how far it is."""
-
-
-class Progress:
-    """Knows when to tell a client how far a long request is."""
-
-    def __init__(self, clock: IReactorTime) -> None:
-        self._clock = clock
-        self._next = clock.seconds() + PROGRESS
-
-    def due(self) -> bool:
-        """Whether it is time to tell it now."""
-        now: float = self._clock.seconds()
-        if now < self._next:
-            return False
-        self._next = now + PROGRESS
-        return True
-
-
-async def in_parallel(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do WORK in COUNT coroutines until all of them end.
-
-    If one fails, or the caller is cancelled, the others are cancelled.
-    """
-    running = [Deferred.fromCoroutine(work()) for _ in range(count)]
-    failures: list[Failure] = []
-
-    def failed(failure: Failure) -> None:
-        failures.append(failure)
-        cancel()
-
-    def cancel() -> None:
-        for one in running:
-            one.cancel()
-
-    for one in running:
-        one.addErrback(failed)
-    try:
-        await DeferredList(running)
-    finally:
-        cancel()
-    if failures:
-        failures[0].raiseException()
+from guixd.store.survey import Survey
 
 
 async def optimise(session: Session, _request: op.OptimiseStore) -> None:

@@ -1,4 +1,4 @@
-"""Requests that look at the whole store."""
+"""Sharing the equal files of the whole store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guixd.client import Client
 from guixd.formats import operations as op
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
-from guixd.service import maintenance
+from guixd.service import sweep
 from guixd.service.session import Session
 from guixd.store.optimise import Optimisation
 from tests.archives import File, Tree, archive
@@ -78,7 +78,7 @@ class OptimiseTests(DaemonCase):
 
     async def test_others_go_on(self) -> None:
         """Requests of others are served while a thread is at work; progress is told."""
-        self.patch(maintenance, "PROGRESS", 0.0)
+        self.patch(sweep, "PROGRESS", 0.0)
         client = await self.client()
         items = await self.items(client)
         share, begun, go_on = Optimisation.share, Deferred[None](), Deferred[None]()
