@@ -146,6 +146,15 @@ class Client:
         self._drain()
         return self._bytes().decode()
 
+    def optimise(self) -> None:
+        self._call(34)
+        self._word()
+
+    def verify(self, *, contents: bool) -> bool:
+        """Return whether something is wrong with the store."""
+        self._call(35, word(contents), word(0))
+        return self._word() == 1
+
     def build(self, derivations: Iterable[str]) -> None:
         self._call(9, strings(derivations), word(0))
         self._word()

@@ -12,6 +12,7 @@ from guixd.formats.sizes import size_text
 from guixd.service.session import Handlers, Session
 from guixd.service.sweep import WORKERS, Progress, in_parallel
 from guixd.store.items import Row
+from guixd.store.links import SMALLEST
 from guixd.store.optimise import Optimisation
 from guixd.store.roots import TempRoots
 from guixd.store.survey import Survey
@@ -50,9 +51,15 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
 
 
 async def _protect(session: Session, roots: TempRoots, rows: Iterable[Row]) -> Sequence[StorePath]:
-    """Protect the items ROWS from collectors by ROOTS; return those that are still valid."""
+    """Protect those of the items ROWS that may have files to share from collectors by ROOTS.
+
+    :return: those of them that are still valid.
+    """
     store = session.store
-    paths = [row.path for row in rows if store.directory.has_child(row.path)]
+    has_child = store.directory.has_child
+    # An item cannot be smaller than its files.
+    large = [row.path for row in rows if row.nar_size >= SMALLEST or not row.nar_size]
+    paths = [path for path in large if has_child(path)]
     for path in paths:
         await session.when_free(partial(roots.add, path))
     return await session.when_free(partial(store.database.valid_in_order, paths))

@@ -8,7 +8,7 @@ from guixd.store.items import Row
 from guixd.store.queries import Queries
 
 _READ_AT_ONCE = 512
-_MOST_ITEMS = 64
+_MOST_ITEMS = 256
 _MOST_BYTES = 8 << 20
 
 
