@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 import guixd
+from guixd import descriptors
 
 
 def search_path() -> list[str]:
@@ -34,13 +35,15 @@ def start_helper(
     """
     number = end.fileno()
     command = [sys.executable, "-I", "-X", "utf8", "-c", boot, str(number)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, *search_path()],
         stdin=subprocess.DEVNULL,
         pass_fds=(number,),
         cwd="/",
         env=dict(environ),
     )
+    descriptors.give_back(process.pid)
+    return process
 
 
 @implementer(IReadDescriptor)

@@ -18,6 +18,7 @@ from twisted.logger import (
     textFileLogObserver,
 )
 
+from guixd import descriptors
 from guixd.errors import GuixdError
 from guixd.service.daemon import GuixdService
 from guixd.service.options import Options
@@ -63,6 +64,7 @@ def run(settings: Settings) -> int:
 
     reactor: Any = installed
     os.umask(0o022)
+    descriptors.allow_many()
     level = LogLevel.debug if settings.debug else LogLevel.info
     observer = FilteringLogObserver(
         textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(level)]
