@@ -75,6 +75,9 @@ class Settings:
     gc_keep_derivations: bool = True
     impersonate_linux_26: bool = False
     isolate_host_loopback: bool = False
+    max_connections_per_user: int = 4096
+    greeting_timeout: int = 300
+    idle_timeout: int = 0
     system: str = field(default_factory=this_system)
     debug: bool = False
     ignore_symlink_store: bool = False

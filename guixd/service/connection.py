@@ -61,14 +61,7 @@ _REMOTE_REFUSES: Final = {
 
 SessionFactory: TypeAlias = "Callable[[Connection, Greeting], Session | Awaitable[Session]]"
 
-_GREETING = State.GREETING
-_READY = State.READY
-_WORKING = State.WORKING
-_STREAMING = State.STREAMING
-_ANSWERING = State.ANSWERING
-_LINGERING = State.LINGERING
-_CLOSING = State.CLOSING
-_CLOSED = State.CLOSED
+_GREETING, _READY, _WORKING, _ANSWERING, _STREAMING, _LINGERING, _CLOSING, _CLOSED = State
 
 
 @implementer(IReadWriteDescriptor)
@@ -82,7 +75,7 @@ class Connection:
 
     __slots__ = (
         "_answer", "_answer_reader", "_closed", "_consumer", "_drained", "_factory", "_handle",
-        "_handshake", "_linger_left", "_linger_timer", "_out", "_paused", "_processing",
+        "_handshake", "_linger_left", "_linger_timer", "_out", "_paused", "_processing", "_quiet",
         "_reactor", "_reading", "_requests", "_scheduled", "_sent", "_session", "_slow",
         "_socket", "_source", "_state", "_watch", "_work", "_writing", "minor", "peer", "pending",
     )  # fmt: skip
@@ -98,8 +91,7 @@ class Connection:
     ) -> None:
         """Serve SOCKET, which is connected; `start` begins.
 
-        :param session_factory: called after the greeting; a failure of what it
-            returns is told to the client, which is then disconnected.
+        :param session_factory: called after the greeting; its failure ends the connection.
         :param closed: called once at the end, after `Session.disconnected`.
         """
         socket.setblocking(False)
@@ -126,7 +118,7 @@ class Connection:
         self._sent = 0
         self._drained: list[Deferred[None]] = []
         self._reading = self._writing = False
-        self._processing = self._scheduled = self._slow = self._paused = False
+        self._processing = self._scheduled = self._slow = self._paused = self._quiet = False
         self._watch: HangupWatch | None = None
         self._linger_timer: Any = None
         self._linger_left = LINGER_BYTES
@@ -205,6 +197,12 @@ class Connection:
         """Disconnect at once, cancelling the work; `closed` is called when it is over."""
         self._close()
 
+    def was_idle(self) -> bool:
+        """Whether there has been no request since this was asked last."""
+        idle = self._quiet and self._state in (_READY, _GREETING) and not self._out
+        self._quiet = True
+        return idle
+
     # What the reactor calls.
 
     def fileno(self) -> int:
@@ -246,6 +244,7 @@ class Connection:
             except OSError:
                 self._close()
                 return False
+        self._quiet = False
         if not size:
             self._end_of_input()
         elif state is _LINGERING:
@@ -496,7 +495,7 @@ class Connection:
                 if self._sent:
                     size = self._socket.send(memoryview(out[0])[self._sent :])
                 else:
-                    if len(out) > 1:
+                    if len(out) > 1 and self.pending <= HIGH_WATER:
                         out[:] = [b"".join(out)]
                     size = self._socket.send(out[0])
                 self.pending -= size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket as sockets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
@@ -13,8 +13,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from guixd.formats.messages import Greeting
 from guixd.formats.path import StoreDirectory
+from guixd.service.admission import Admission
 from guixd.service.connection import Connection, Reactor, SessionFactory
+from guixd.service.contract import Session
 from guixd.service.hub import ReadHub
 
 _log = Logger()
@@ -41,13 +44,18 @@ class Listener:
         session_factory: SessionFactory,
         *,
         store: StoreDirectory,
+        admission: Admission | None = None,
         make: Callable[..., Connection] = Connection,
     ) -> None:
-        """Serve SOCKET, which listens already; `start` begins."""
+        """Serve SOCKET, which listens already; `start` begins.
+
+        :param admission: what limits connections, if anything does.
+        """
         socket.setblocking(False)
         self._reactor = reactor
         self._hub = ReadHub(reactor)
         self._socket = socket
+        self._admission = admission
         self._factory = session_factory
         self._store = store
         self._make = make
@@ -94,7 +102,7 @@ class Listener:
         """Accept those who wait, up to a bound."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                socket, _address = self._socket.accept()
+                socket, address = self._socket.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -103,7 +111,7 @@ class Listener:
                     return
                 _log.debug("a client left before it was accepted: {error}", error=error)
                 continue
-            self._serve(socket)
+            self._serve(socket, address)
 
     def connectionLost(self, reason: Failure) -> None:
         """The reactor saw the listening socket fail."""
@@ -111,13 +119,16 @@ class Listener:
             _log.error("the listening socket failed: {reason}", reason=reason)
             self._pause()
 
-    def _serve(self, socket: sockets.socket) -> None:
+    def _serve(self, socket: sockets.socket, address: Any) -> None:
         try:
             connection = self._make(
-                self._hub, socket, self._factory, store=self._store, closed=self._closed
+                self._hub, socket, self._begin, store=self._store, closed=self._closed
             )
         except Exception:  # noqa: BLE001
             _log.failure("a client could not be served")
+            socket.close()
+            return
+        if self._admission is not None and not self._admission.enter(connection, address):
             socket.close()
             return
         self.connections.add(connection)
@@ -127,8 +138,15 @@ class Listener:
             _log.failure("a client could not be served")
             connection.abort()
 
+    def _begin(self, connection: Connection, greeting: Greeting) -> Session | Awaitable[Session]:
+        if self._admission is not None:
+            self._admission.greeted(connection)
+        return self._factory(connection, greeting)
+
     def _closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        if self._admission is not None:
+            self._admission.leave(connection)
         if self._retry is not None:
             self._resume()
         self._check_stopped()

@@ -53,6 +53,18 @@ OPTIONS: tuple[Option, ...] = (
     Option("gc-keep-outputs", _optional, "yes|no", "keep outputs of live derivations"),
     Option("gc-keep-derivations", _optional, "yes|no", "keep derivations of live outputs"),
     Option("listen", _required, "ENDPOINT", "a socket's file name, or HOST[:PORT]; repeatable"),
+    Option(
+        "max-connections-per-user", _required, "N",
+        "connections of one user or remote machine, 0 for any number (guixd only)",
+    ),
+    Option(
+        "greeting-timeout", _required, "SECONDS",
+        "close connections that do not greet, 0 for never (guixd only)",
+    ),
+    Option(
+        "idle-timeout", _required, "SECONDS",
+        "close connections without requests for so long, 0 for never (guixd only)",
+    ),
     Option("debug", help="log more"),
     Option("help", help="show this help", short="?"),
     Option("usage", help="show a short usage message"),
@@ -232,6 +244,9 @@ _EFFECTS: dict[str, _Effect] = {
     "gc-keep-outputs": _yes_or_no("gc-keep-outputs", "gc_keep_outputs"),
     "gc-keep-derivations": _yes_or_no("gc-keep-derivations", "gc_keep_derivations"),
     "listen": _listen,
+    "max-connections-per-user": _integer("max-connections-per-user", "max_connections_per_user"),
+    "greeting-timeout": _integer("greeting-timeout", "greeting_timeout"),
+    "idle-timeout": _integer("idle-timeout", "idle_timeout"),
     "debug": _flag("debug", True),
 }
 

@@ -12,6 +12,7 @@ from twisted.python.threadpool import ThreadPool
 
 from guixd.build.threads import pool_threads
 from guixd.formats.path import StoreDirectory
+from guixd.service.admission import Admission
 from guixd.service.connection import Reactor
 from guixd.service.listener import Listener
 from guixd.service.listening import BoundSocket, open_all
@@ -78,6 +79,7 @@ class Listeners(Service):
         self._environ = environ
         self._sockets: list[BoundSocket] = []
         self._listeners: list[Listener] = []
+        self._admission: Admission | None = None
 
     @property
     def descriptions(self) -> tuple[str, ...]:
@@ -94,8 +96,11 @@ class Listeners(Service):
         self._sockets = open_all(endpoints, self._environ)
         super().startService()  # type: ignore[no-untyped-call]
         store = StoreDirectory(settings.directories.store)
+        self._admission = admission = Admission(self._reactor, settings, self._daemon.uid)
         for bound in self._sockets:
-            listener = Listener(self._reactor, bound.socket, self._daemon.session, store=store)
+            listener = Listener(
+                self._reactor, bound.socket, self._daemon.session, store=store, admission=admission
+            )
             listener.start()
             self._listeners.append(listener)
             _log.info("listening on {endpoint}", endpoint=bound.description)
@@ -103,6 +108,8 @@ class Listeners(Service):
 
     async def _stop(self) -> None:
         notify(self._environ, "STOPPING=1")
+        if self._admission is not None:
+            self._admission.stop()
         for listener in self._listeners:
             await listener.stop()
         for bound in self._sockets:
