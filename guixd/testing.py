@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, succeed
@@ -50,18 +50,20 @@ class TemporaryDaemon:
         directory: str,
         *,
         builder: BuilderFactory | Builder = SandboxBuilder,
+        environ: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         """Prepare a daemon; `start` starts it.
 
         :param directory: absolute, without symbolic links; made by the caller.
         :param builder: what builds, or what makes it.
+        :param environ: the daemon's environment, where proxies are; by default an empty one.
         :param options: fields of `Settings`.
         """
         self._reactor = reactor
         settings = Settings(directories=directories_below(directory), **options)
         factory: Any = builder if callable(builder) else lambda _daemon, _store: builder
-        self.service = GuixdService(reactor, settings, builder=factory, environ={})
+        self.service = GuixdService(reactor, settings, builder=factory, environ=environ or {})
         self.socket = settings.directories.socket
 
     def start(self) -> TemporaryDaemon:

@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
+from guixd.build.builtins import runs_here
 from guixd.build.contents import is_intact
 from guixd.build.delivery import Delivery
 from guixd.build.foreign import released
@@ -35,7 +36,8 @@ class Attempt:
         self._job = job
         self._user: BuildUser | None = None
         self._mode = job.mode
-        self._contained = workshop.settings.use_chroot
+        self._here = runs_here(job.drv)
+        self._contained = workshop.settings.use_chroot or self._here
         self._holders: set[str] = set()
         self._builder = self._make_builder()
         self._vacate: Callable[[], None] = lambda: None
@@ -123,7 +125,7 @@ class Attempt:
                 say.trace(BuildFailed(path, code, result.text).line)
 
     async def _with_user(self) -> Result:
-        if self._shop.users is not None:
+        if self._shop.users is not None and not self._here:
             self._user = await self._job.interest.wait(self._shop.users.acquire)
         return await self._with_locks()
 

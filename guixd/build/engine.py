@@ -12,9 +12,11 @@ from zope.interface import implementer
 
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
+from guixd.build.builtins import Builtins
 from guixd.build.chains import rank
 from guixd.build.claims import Claims
 from guixd.build.container import Host
+from guixd.build.download import DownloadTools
 from guixd.build.durations import Durations
 from guixd.build.goals import RequestRun
 from guixd.build.plan import Goal, Planner
@@ -27,6 +29,7 @@ from guixd.build.users import BuildUserPool, pool_of
 from guixd.build.workshop import Workshop
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
+from guixd.net.receiving import FetcherLike
 from guixd.settings import Settings
 from guixd.store.local import LocalStore
 
@@ -37,6 +40,7 @@ class Engine:
 
     :param threads: where blocking steps run, see `threads.pool_threads`.
     :param launcher: an `interfaces.ILauncher`.
+    :param fetcher: an `interfaces.IFetcher`; without it nothing is downloaded.
     :param users: who builders run as; by default what SETTINGS say.
     """
 
@@ -48,10 +52,17 @@ class Engine:
         launcher: Launcher,
         threads: Threads,
         users: BuildUserPool | None = None,
+        *,
+        fetcher: FetcherLike | None = None,
     ) -> None:
         self._users = users or pool_of(settings, reactor)
+        builtins = None
+        if fetcher is not None:
+            is_valid = store.database.is_valid
+            tools = DownloadTools(reactor, threads, fetcher, store.directory, is_valid)
+            builtins = Builtins(reactor, tools)
         self._workshop = Workshop(
-            reactor, threads, settings, store, launcher, self._users, Host.current()
+            reactor, threads, settings, store, launcher, self._users, Host.current(), builtins
         )
         self._scheduler = Scheduler(self._limit)
         self._durations = Durations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from twisted.internet.error import ProcessTerminated
 from twisted.logger import Logger
@@ -11,7 +12,7 @@ from twisted.python.failure import Failure
 
 from guixd.build import container
 from guixd.build.builder import Builder
-from guixd.build.builtins import is_builtin, refuse_builtin
+from guixd.build.builtins import is_builtin, refuse_builtin, runs_here
 from guixd.build.constraints import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
@@ -61,7 +62,8 @@ class Trial:
         self._targets = targets
         self._last = last
         self._private = f"{job.path}.chroot"
-        self._contained = workshop.settings.use_chroot
+        self._here = runs_here(job.drv)
+        self._contained = workshop.settings.use_chroot or self._here
         self._finished = False
 
     async def run(self, finish: Finish) -> None:
@@ -70,7 +72,7 @@ class Trial:
         :raises BuildFailure: the builder failed, or its outputs are not as they should be.
         """
         shop, job, user = self._shop, self._job, self._user
-        if is_builtin(job.drv):
+        if is_builtin(job.drv) and not (self._here and shop.builtins is not None):
             refuse_builtin(job.drv)
         inputs = self._inputs()
         graphs = self._graphs()
@@ -91,7 +93,7 @@ class Trial:
             if killing is not None:
                 await killing
             job.interest.check()
-            reason = await self._run_builder(self._spec(workspace, inputs))
+            reason = await self._run_builder(workspace, inputs)
             await self._harvest(workspace, inputs, reason, finish)
             self._finished = True
         except (BuildFailure, GuixdError, OSError):
@@ -167,13 +169,23 @@ class Trial:
 
     # --- while the builder runs -----------------------------------------------------
 
-    async def _run_builder(self, spec: SandboxSpec) -> Failure:
+    async def _start(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Any:
+        """Start the builder; return its transport."""
+        job, shop, builder = self._job, self._shop, self._builder
+        if self._here and shop.builtins is not None:
+            directory = f"{workspace.root}{shop.store.directory.path}"
+            os.makedirs(directory, exist_ok=True)
+            return shop.builtins.spawn(builder, job, directory)
+        spec = self._spec(workspace, inputs)
+        return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
+
+    async def _run_builder(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Failure:
         """Run the builder to its end; return how it ended.
 
         :raises BuildFailure: a limit was broken (timed out).
         """
-        job, builder, spawn = self._job, self._builder, self._shop.launcher.spawn
-        process = await job.interest.wait(lambda: spawn(builder, spec))
+        job, builder = self._job, self._builder
+        process = await self._start(workspace, inputs)
         job.say.begin(process.pid)
         log = job.say.log_file
         name = log.path if log is not None else ""
@@ -205,7 +217,7 @@ class Trial:
             store=store,
             private=self._private,
             open_source=lambda: workspace.open_store(store),
-            fresh=not self._contained or job.drv.has_fixed_outputs,
+            fresh=not self._here and (not self._contained or job.drv.has_fixed_outputs),
             owner=self._user.uid if self._user is not None else None,
             targets=self._targets,
             candidates=inputs | set(job.drv.output_paths),

@@ -11,6 +11,7 @@ from twisted.internet.task import deferLater
 
 from guixd.build import container
 from guixd.build.builder import Launcher
+from guixd.build.builtins import Builtins
 from guixd.build.job import Interest
 from guixd.build.plan import BUSY_RETRY
 from guixd.build.threads import Threads
@@ -35,6 +36,7 @@ class Workshop:
     users: BuildUserPool | None
     """`None` if builders run as the daemon's own user."""
     host: container.Host
+    builtins: Builtins | None = None
 
     def all_valid(self, drv: Derivation) -> bool:
         """Whether DRV has nothing left to build."""

@@ -164,6 +164,54 @@ class SubstituterFailed:
         return f"@ substituter-failed {self.path} {_flat(self.text)}"
 
 
+@dataclass(frozen=True, slots=True)
+class DownloadStarted:
+    """The first bytes of a file come.  `size` is of the whole, None if that is unknown."""
+
+    path: str
+    url: str
+    size: int | None
+
+    @property
+    def line(self) -> str:
+        """The line of the log."""
+        return f"@ download-started {self.path} {_flat(self.url)} {_known(self.size)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """So much of a file is here."""
+
+    path: str
+    url: str
+    size: int | None
+    received: int
+
+    @property
+    def line(self) -> str:
+        """The line of the log."""
+        size = _known(self.size)
+        return f"@ download-progress {self.path} {_flat(self.url)} {size} {self.received}"
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadSucceeded:
+    """A file is complete."""
+
+    path: str
+    url: str
+    size: int
+
+    @property
+    def line(self) -> str:
+        """The line of the log."""
+        return f"@ download-succeeded {self.path} {_flat(self.url)} {self.size}"
+
+
+def _known(size: int | None) -> str:
+    return "-" if size is None else str(size)
+
+
 Trace: TypeAlias = (
     BuildStarted
     | BuildSucceeded

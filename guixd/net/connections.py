@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
-from urllib.parse import SplitResult
+from urllib.parse import SplitResult, quote
 
 from OpenSSL import SSL
 from twisted.internet.defer import CancelledError
@@ -30,6 +30,7 @@ KEPT_FOR = 30.0
 _ADDRESSES = 4
 """How many times the timeout for one address a whole connection may take."""
 _READ_AT_ONCE = 256 << 10
+_SAFE = "%/:?#[]@!$&'()*+,;=~"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -52,10 +53,10 @@ class Way:
 
 def request_bytes(way: Way, parts: SplitResult, fields: dict[str, str]) -> bytes:
     """Return a GET request for the URL PARTS."""
-    target = parts.path or "/"
+    target = quote(parts.path or "/", safe=_SAFE)
     if parts.query:
-        target += "?" + parts.query
-    host = bracketed(way.host)
+        target += "?" + quote(parts.query, safe=_SAFE)
+    host = bracketed(way.host if way.host.isascii() else way.host.encode("idna").decode())
     if way.port != _DEFAULT_PORTS[way.scheme]:
         host += f":{way.port}"
     all_fields = {"Host": host, "User-Agent": AGENT, "Accept": "*/*", **fields}

@@ -31,7 +31,14 @@ class SandboxBuilder:
 
         reactor: Any = daemon.reactor
         self._launcher = ZygoteLauncher(reactor)
-        self._engine = Engine(reactor, daemon.settings, store, self._launcher, daemon.threads)
+        self._engine = Engine(
+            reactor,
+            daemon.settings,
+            store,
+            self._launcher,
+            daemon.threads,
+            fetcher=daemon.fetcher,
+        )
 
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
         """Carry out REQUEST for OBSERVER; see `IBuilder.build`."""

@@ -18,6 +18,7 @@ from guixd.build.threads import Threads
 from guixd.errors import Busy, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StorePath
+from guixd.net.receiving import FetcherLike
 from guixd.service import adding, building, changes, optimising, queries, verifying
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
@@ -56,13 +57,20 @@ class Daemon:
     """
 
     def __init__(
-        self, reactor: Reactor, settings: Settings, threads: Threads, builder: BuilderFactory
+        self,
+        reactor: Reactor,
+        settings: Settings,
+        threads: Threads,
+        builder: BuilderFactory,
+        environ: Mapping[str, str],
     ) -> None:
         self.reactor = reactor
         self.settings = settings
         self.threads = threads
         self.uid = os.getuid()
         self._make_builder = builder
+        self._environ = environ
+        self._fetcher: FetcherLike | None = None
         self._builder: Builder | None = None
         self._store: LocalStore | None = None
         self.encoded_infos: dict[StorePath, tuple[PathInfo, bytes]] = {}
@@ -152,11 +160,26 @@ class Daemon:
 
         self.threads(store.database.checkpoint()).addBoth(done)
 
+    @property
+    def fetcher(self) -> FetcherLike:
+        """What downloads for all; its process starts at the first need."""
+        if self._fetcher is None:
+            # Not needed to answer the first greeting.
+            from guixd.net.client import Fetcher
+
+            self._fetcher = Fetcher(self.reactor, self._environ)
+        return self._fetcher
+
     async def stop_builds(self) -> None:
-        """End all builds."""
+        """End all builds and downloads."""
         builder, self._builder = self._builder, None
-        if builder is not None:
-            await builder.stop()
+        fetcher, self._fetcher = self._fetcher, None
+        try:
+            if builder is not None:
+                await builder.stop()
+        finally:
+            if fetcher is not None:
+                await fetcher.stop()
 
     def close_store(self) -> None:
         """Close the store, which nobody may use any more."""
@@ -205,7 +228,7 @@ class GuixdService(MultiService):
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings = settings
         self.workers = Workers(reactor)
-        self.daemon = Daemon(reactor, settings, self.workers.threads, builder)
+        self.daemon = Daemon(reactor, settings, self.workers.threads, builder, environ)
         self.listeners = Listeners(reactor, self.daemon, environ)
         parts: dict[str, Service] = {
             "store": Store(self.daemon),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredQueue, maybeDeferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
@@ -40,6 +40,7 @@ class Asked(Protocol):
             text = head.decode("latin-1")
             self.requests.append(text)
             self.server.requests.append(text)
+            self.server.arrivals.put(self)
             self.server.script(self, text)
 
     def send(self, data: bytes) -> None:
@@ -60,13 +61,14 @@ class Server(Factory):
 
     :param script: called with the connection and the text of each request's head.
     :ivar requests: all that came.
+    :ivar arrivals: the connection of each, to be waited for with `get`.
     """
 
     def __init__(self, case: TestCase, script: Callable[[Asked, str], None]) -> None:
         self.script = script
         self.requests: list[str] = []
         self.connections: list[Asked] = []
-        self.noisy = False
+        self.arrivals: DeferredQueue[Asked] = DeferredQueue()
         port = reactor.listenTCP(0, self, interface="127.0.0.1")
         self.number = port.getHost().port
         case.addCleanup(self._stop, port)

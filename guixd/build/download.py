@@ -1,0 +1,255 @@
+"""`builtin:download`: one file from the first of many places that has it (spec: downloads).
+
+A place whose file has another hash is no better than one that does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from guixd.build.downloadinputs import (
+    Inputs,
+    Refused,
+    check_url,
+    datum,
+    expand,
+    masked,
+    read_beneath,
+    read_inputs,
+    resolve,
+)
+from guixd.build.draft import Draft
+from guixd.build.job import Job
+from guixd.build.mirrorcode import BadMirrors, urls
+from guixd.build.threads import Threads
+from guixd.errors import FetchError
+from guixd.formats.hashes import to_base32
+from guixd.formats.path import StoreDirectory
+from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
+from guixd.net.receiving import FetcherLike, receive
+from guixd.net.requests import SCHEMES, Head, Request
+
+ARCHIVE = "https://web.archive.org/web/20260101000000/"
+"""What precedes a URL in the Internet Archive, which takes the nearest date."""
+RESUMPTIONS = 5
+"""How often a transfer is taken up again that broke after something had come."""
+_REPORT = 10.0
+"""Seconds between reports to readers that do not follow by traces."""
+_RESUMABLE = ("body", "timeout", "fetcher")
+_KEPT_FREE = 8 << 20
+"""Bytes that a download must leave free."""
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadTools:
+    """What all downloads use.
+
+    :ivar is_valid: whether a path is a valid item of the store.
+    """
+
+    reactor: Any
+    threads: Threads
+    fetcher: FetcherLike
+    store: StoreDirectory
+    is_valid: Callable[[str], bool]
+
+
+class Download:
+    """One download.
+
+    :param directory: where the output is made, under its base name.
+    :param say: writes to the build's log.
+    :param report: likewise, what may be left out.
+    """
+
+    def __init__(
+        self,
+        tools: DownloadTools,
+        job: Job,
+        directory: str,
+        say: Callable[[str], None],
+        report: Callable[[str], None],
+    ) -> None:
+        self._tools = tools
+        self._job = job
+        self._directory = directory
+        self._say = say
+        self._report = report
+        self._follow = job.options.follow_downloads
+        self._draft: Draft | None = None
+        self._tried = 0
+
+    async def run(self) -> bool:
+        """Download; return whether the output is there.
+
+        It may be there with a wrong hash, as the last place had it.
+        """
+        try:
+            return await self._run()
+        except Refused as error:
+            self._say(f"error: {error}\n")
+        except OSError as error:
+            self._say(f"error: cannot write the file: {error}\n")
+        finally:
+            if self._draft is not None:
+                self._draft.close()
+        return False
+
+    async def _run(self) -> bool:
+        inputs = read_inputs(self._job.drv)
+        await self._check_files(inputs)
+        draft = self._draft = Draft(self._directory, inputs.output, inputs.executable)
+        wrong = False
+        async for url in self._places(inputs):
+            self._tried += 1
+            if not await self._fetch(draft, inputs, url):
+                continue
+            actual = await self._tools.threads(draft.finish)
+            if actual == inputs.output.digest():
+                return True
+            wrong = True
+            self._say(f"'{masked(url)}' has another file, with hash {to_base32(actual)}\n")
+        if not wrong:
+            self._say(f"failed to download '{inputs.output.path}' from any of the places\n")
+        return wrong
+
+    async def _check_files(self, inputs: Inputs) -> None:
+        """Refuse lists of mirrors that are not in the store, even if none will be needed."""
+        for name in inputs.files:
+            await self._read(inputs, name)
+
+    async def _read(self, inputs: Inputs, name: str) -> str:
+        """Return the text of the list of mirrors NAME."""
+        tools, file = self._tools, inputs.files[name]
+        relative = await tools.threads(resolve, tools.store, file)
+        if not tools.is_valid(f"{tools.store.path}/{relative.partition('/')[0]}"):
+            raise Refused(f"'{file}' is not in a valid item of the store")
+        return await tools.threads(read_beneath, tools.store, relative)
+
+    # --- where to look ------------------------------------------------------------
+
+    async def _places(self, inputs: Inputs) -> AsyncIterator[str]:
+        """Yield the URLs in the order in which they are to be tried."""
+        first = ""
+        if "upstream" in inputs.methods:
+            for url in inputs.urls:
+                found = [url]
+                if check_url(url) == "mirror":
+                    text = await self._read(inputs, "mirrors") if "mirrors" in inputs.files else ""
+                    found = list(expand(url, datum(text or "()", "mirrors")))
+                for each in found:
+                    first = first or each
+                    yield each
+        if "content-addressed-mirrors" in inputs.methods:
+            for url in await self._content_addressed(inputs):
+                yield url
+        first = first or inputs.urls[0]
+        if "internet-archive" in inputs.methods and first.startswith(("http://", "https://")):
+            yield ARCHIVE + without_password(first)
+        if "disarchive" in inputs.methods and inputs.files.get("disarchive-mirrors"):
+            self._say("not trying Disarchive, which is not supported\n")
+
+    async def _content_addressed(self, inputs: Inputs) -> list[str]:
+        name = "content-addressed-mirrors"
+        if name not in inputs.files:
+            return []
+        output = inputs.output
+        try:
+            text = await self._read(inputs, name)
+            digest = output.digest()
+            arguments = (text, output.path.name, output.hash_algorithm, digest)
+            found = await self._tools.threads(urls, *arguments)
+            for url in found:
+                check_url(url)
+        except (BadMirrors, Refused) as error:
+            self._say(f"not trying content-addressed mirrors: {error}\n")
+            return []
+        return found
+
+    # --- one of them --------------------------------------------------------------
+
+    async def _fetch(self, draft: Draft, inputs: Inputs, url: str) -> bool:
+        """Fetch URL into DRAFT; return whether it is complete."""
+        shown = masked(url)
+        self._say(f"\nstarting download of {inputs.output.path}\nfrom {shown}\n")
+        if check_url(url) not in SCHEMES[:2]:
+            self._say(f"URLs of type '{check_url(url)}' are not supported\n")
+            return False
+        request = Request(url)
+        draft.restart()
+        for _ in range(RESUMPTIONS + 1):
+            before = draft.size
+            heads: list[Head] = []
+            try:
+                await self._receive(draft, request, shown, heads)
+            except FetchError as error:
+                self._say(f"error: {shown}: {error.text}\n")
+                if error.kind == "tls" and request.verify:
+                    # What comes is known by its hash; but nobody shall learn a password.
+                    request = replace(request, verify=False)
+                    self._say("trying again without knowing who answers\n")
+                    continue
+                more = draft.size > before or (error.kind == "fetcher" and not before)
+                if error.kind not in _RESUMABLE or not more:
+                    return False
+                if not heads or not heads[0].validator:
+                    draft.restart()
+                    request = replace(request, offset=0, validator="")
+                else:
+                    request = replace(request, offset=draft.size, validator=heads[0].validator)
+                self._say(f"trying again, from byte {request.offset}\n")
+            else:
+                return True
+        return False
+
+    async def _receive(self, draft: Draft, request: Request, shown: str, heads: list[Head]) -> None:
+        path = str(self._job.drv.outputs["out"].path)
+        clock = self._tools.reactor
+        told = clock.seconds()
+
+        def begin(head: Head) -> None:
+            heads.append(head)
+            if head.offset == 0 and draft.size:
+                draft.restart()
+            if self._follow:
+                self._trace(DownloadStarted(path, shown, head.size))
+            elif head.size is not None:
+                self._say(f"{head.size} bytes\n")
+
+        def progress(received: int) -> None:
+            nonlocal told
+            done = heads[0].offset + received
+            if self._follow:
+                self._trace(DownloadProgress(path, shown, heads[0].size, done))
+            elif clock.seconds() - told >= _REPORT:
+                told = clock.seconds()
+                whole = f" of {heads[0].size}" if heads[0].size is not None else ""
+                self._report(f"{done}{whole} bytes received\n")
+
+        limit = max(draft.free_bytes() - _KEPT_FREE, 0)
+        await receive(
+            clock,
+            self._tools.threads,
+            self._tools.fetcher,
+            replace(request, limit=limit),
+            draft.write,
+            head=begin,
+            progress=progress,
+        )
+        if self._follow:
+            self._say(DownloadSucceeded(path, shown, draft.size).line + "\n\n")
+        else:
+            self._say(f"downloaded {draft.size} bytes\n")
+
+    def _trace(self, trace: DownloadStarted | DownloadProgress) -> None:
+        write = self._report if isinstance(trace, DownloadProgress) else self._say
+        write(trace.line + "\n")
+
+
+def without_password(url: str) -> str:
+    """Return URL without any user information."""
+    scheme, _, rest = url.partition("://")
+    netloc, slash, path = rest.partition("/")
+    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
