@@ -341,7 +341,7 @@ def explained(reason: Failure, *, connecting: bool = False) -> FetchError:
 
 
 def _tls_text(error: Any) -> str:
-    details = error.args[0] if error.args else None
-    if isinstance(details, list) and details:
-        return ", ".join(str(entry[-1]) for entry in details)
-    return str(error) or type(error).__name__
+    if not isinstance(error, SSL.Error):
+        return "the certificate is for another host"
+    details = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return ", ".join(str(entry[-1]) for entry in details) or type(error).__name__
