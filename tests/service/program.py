@@ -48,19 +48,26 @@ class Program:
             "NOTIFY_SOCKET": self.directory + "/notify",
             **more,
         }
-        self.process = subprocess.Popen(
-            command,
-            cwd="/proc",
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            umask=0o077,
-        )
+        self._output = Path(self.directory, "output")
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd="/proc",
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                umask=0o077,
+            )
         case.addCleanup(self._end)
 
     def _end(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=WAIT)
+        self.process.wait(WAIT)
+
+    @property
+    def output(self) -> str:
+        """All that has been printed."""
+        return self._output.read_text(errors="replace")
 
     def state(self) -> bytes:
         """Return the next thing that the daemon tells the service manager."""
@@ -83,5 +90,4 @@ class Program:
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; return the exit status and all that was printed."""
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=WAIT)
-        return self.process.returncode, output.decode()
+        return self.process.wait(WAIT), self.output

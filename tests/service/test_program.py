@@ -62,8 +62,8 @@ class ProgramTests(SynchronousTestCase):
             ([], {"NIX_STORE_DIR": "store"}, "not an absolute path"),
         ):
             program = Program(self, PROGRAM + more, **environment)
-            output = program.process.communicate(timeout=WAIT)[0].decode()
-            self.assertEqual(program.process.returncode, 1, output)
+            self.assertEqual(program.process.wait(WAIT), 1)
+            output = program.output
             self.assertIn("error: ", output)
             self.assertIn(text, output)
             self.assertNotIn("Traceback", output)
@@ -133,9 +133,8 @@ class ProgramTests(SynchronousTestCase):
         first = Program(self, PROGRAM)
         first.state()
         second = Program(self, [*PROGRAM, f"--listen={first.socket}"])
-        output = second.process.communicate(timeout=WAIT)[0].decode()
-        self.assertEqual(second.process.returncode, 1, output)
-        self.assertIn("in use", output)
+        self.assertEqual(second.process.wait(WAIT), 1)
+        self.assertIn("in use", second.output)
         first.greet()
         self.assertEqual(first.end()[0], 0)
 
