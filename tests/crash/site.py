@@ -76,7 +76,9 @@ class Site:
 
     def work(self, random: Random, label: str) -> Work:
         """Return a maker of tasks."""
-        return Work(self.items, f"{self.directory}/links", random, label, self._stranger)
+        database = f"{self.directories.database}/db.sqlite"
+        links = f"{self.directory}/links"
+        return Work(self.items, links, database, random, label, self._stranger)
 
     def start(self) -> None:
         """Start the daemon."""

@@ -31,7 +31,7 @@ class PointTests(TestCase):
             self.assertTrue(death.by_itself, f"{name} is never reached")
             if area not in _FIRST_START:
                 later = rounds.random.randint(2, LATER)
-                await rounds.until_death(rounds.scripts(2, 0), fault=f"{name}:{later}")
+                await rounds.until_death(rounds.scripts(2, 4), fault=f"{name}:{later}")
         await rounds.finish()
 
 

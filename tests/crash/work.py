@@ -6,7 +6,9 @@ All of it can be done again after a crash, with the same outcome.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
@@ -36,6 +38,7 @@ class Work:
 
     :param items: what they make.
     :param directory: where links to items are put.
+    :param database: the file of the database.
     :param random: decides what each task is about.
     :param label: part of all names, so that nothing is there already.
     :param stranger: connects as a user that the daemon does not trust, if it can.
@@ -45,6 +48,7 @@ class Work:
         self,
         items: Items,
         directory: str,
+        database: str,
         random: Random,
         label: str,
         stranger: Callable[[], Awaitable[Client]],
@@ -52,13 +56,14 @@ class Work:
         self._items = items
         self._stranger = stranger
         self._directory = directory
+        self._database = database
         self._random = random
         self._label = label
         self._number = 0
         self._makers: tuple[Callable[[], Iterator[Task]], ...] = (
             self.small_texts, self.large_text, self.tree, self.stream, self.flat_file, self.roots,
             self.build, self.fixed_build, self.failing_build, self.checked_build,
-            self.repairing_build, self.optimise, self.queries,
+            self.repairing_build, self.optimise, self.verify, self.lose, self.forget, self.queries,
         )  # fmt: skip
 
     def script(self, length: int) -> list[Task]:
@@ -204,8 +209,7 @@ class Work:
 
         async def repair(client: Client) -> None:
             await self._build(recipe)(client)
-            out.chmod(0o644)
-            out.write_text("spoilt")
+            _spoil(out)
             await client.build_paths([recipe.path], BuildMode.REPAIR)
 
         yield repair
@@ -220,6 +224,49 @@ class Work:
 
     def optimise(self) -> Iterator[Task]:
         yield lambda client: client.optimise_store()
+
+    def verify(self) -> Iterator[Task]:
+        """An output that is spoilt, and repaired when the whole store is verified."""
+        recipe = self._simple("verified")
+        out = Path(recipe.outputs["out"])
+        wanted = f"{recipe.path.name.removesuffix('.drv')}\n"
+
+        async def verify(client: Client) -> None:
+            await self._build(recipe)(client)
+            _spoil(out)
+            # What others have just spoilt may make the result an error.
+            await client.verify_store(check_contents=True, repair=True)
+            same(out.read_text(), wanted)
+
+        yield verify
+
+    def lose(self) -> Iterator[Task]:
+        """An item whose file is lost, which verification finds, and which is added again."""
+        name = self._name("lost")
+        path = self._items.text(name, b"lost")
+
+        async def lose(client: Client) -> None:
+            same(await client.add_text(name, b"lost"), path)
+            os.unlink(path)
+            await client.verify_store()
+            same(await client.is_valid_path(path), False)
+            same(await client.add_text(name, b"lost"), path)
+
+        yield lose
+
+    def forget(self) -> Iterator[Task]:
+        """An item whose size the database does not know until all is verified."""
+        name = self._name("forgotten")
+        path = self._items.text(name, b"")
+
+        async def forget(client: Client) -> None:
+            same(await client.add_text(name, b""), path)
+            with closing(sqlite3.connect(self._database)) as database, database:
+                database.execute("UPDATE ValidPaths SET narSize = NULL WHERE path = ?", (path,))
+            await client.verify_store(check_contents=True)
+            same((await client.path_info(path)).nar_size, self._items.expected[path].nar_size)
+
+        yield forget
 
     def roots(self) -> Iterator[Task]:
         name = self._name("root")
@@ -245,3 +292,8 @@ class Work:
                 same(info.nar_hash, self._items.expected[path].nar_hash)
 
         yield ask
+
+
+def _spoil(file: Path) -> None:
+    file.chmod(0o644)
+    file.write_text("spoilt")
