@@ -11,6 +11,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from guixd.build.leftovers import RUNNING, claim
 from guixd.build.users import BuildUser
 from guixd.errors import StoreError
 from guixd.faults import reached
@@ -70,8 +71,9 @@ class Workspace:
         outside = _make_outside(f"{temporary}/guix-build-{path.name}")
         chroot = root = None
         try:
-            opened.append(_open_own(outside, None, 0o700))
+            opened.append(_open_own(outside, None, RUNNING if use_chroot else 0o700))
             if use_chroot:
+                claim(opened[0])
                 build_directory = f"{outside}/{_TOP}"
                 os.mkdir(_TOP, 0o700, dir_fd=opened[0])
                 opened.append(_open_own(_TOP, opened[0], 0o700))
@@ -150,6 +152,7 @@ class Workspace:
         """
         self._kept = True
         try:
+            os.chmod(self._outside_fd, 0o700)
             return Kept(self.outside, self._hand_over(uid, gid) if uid else "")
         except (OSError, StoreError) as error:
             return Kept(self.outside, f"build tree '{self.outside}' stays closed: {error}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest
@@ -12,6 +14,17 @@ from guixd.build.request import BuildRequest
 if TYPE_CHECKING:
     from guixd.service.daemon import Daemon
     from guixd.store.local import LocalStore
+
+_log = Logger()
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems:
+        _log.warn("{problem}", problem=problem)
+
+
+def _failed(failure: Failure) -> None:
+    _log.failure("cannot remove the build trees of a dead daemon", failure)
 
 
 class Builder(Protocol):
@@ -28,7 +41,10 @@ class SandboxBuilder:
         # Not needed to answer the first greeting.
         from guixd.build.engine import Engine
         from guixd.build.launcher import ZygoteLauncher
+        from guixd.build.leftovers import remove_leftovers
 
+        temporary = daemon.settings.directories.temporary
+        daemon.threads(remove_leftovers, temporary).addCallbacks(_tell, _failed)
         reactor: Any = daemon.reactor
         self._launcher = ZygoteLauncher(reactor)
         self._engine = Engine(

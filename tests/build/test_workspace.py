@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.build.leftovers import RUNNING
 from guixd.build.users import BuildUser
 from guixd.build.workspace import Workspace
 from guixd.errors import StoreError
@@ -54,7 +55,7 @@ class WorkspaceTests(_Workspaces):
         self.assertEqual(workspace.build_directory, self.outside + "/top")
         self.assertEqual(workspace.root, self.drv + ".chroot/top")
         modes = [mode(name) for name in (workspace.outside, workspace.build_directory)]
-        self.assertEqual(modes, [0o700, 0o700])
+        self.assertEqual(modes, [RUNNING, 0o700])
         modes = [mode(name) for name in (self.drv + ".chroot", self.drv + ".chroot/top")]
         self.assertEqual(modes, [0o750, 0o750])
         self.assertEqual(mode(self.outside + "/top/graph"), 0o644)

@@ -100,7 +100,13 @@ class Rounds:
         self.site.forget_kept()
 
     async def finish(self) -> None:
-        """Recover a last time."""
+        """Recover a last time, after which nothing may be left of what was interrupted."""
         self.site.start()
         await self.recover()
+        await self.site.do(*self.scripts(1, 0))
+        self.site.inspect()
+        self.site.forget_kept()
+        left = self.site.leftovers()
+        if left:
+            raise AssertionError(f"left of builds: {left}")
         self.site.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -15,6 +16,7 @@ from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.error import ConnectError
 from twisted.trial.unittest import TestCase
 
+from guixd.build.leftovers import RUNNING
 from guixd.client import Client, Disconnected, connect
 from guixd.formats.path import StoreDirectory
 from guixd.settings import Directories
@@ -154,4 +156,9 @@ class Site:
     def forget_kept(self) -> None:
         """Remove the directories of failed builds that were kept."""
         for entry in Path(self.directories.temporary).iterdir():
-            shutil.rmtree(entry)
+            if stat.S_IMODE(entry.stat().st_mode) != RUNNING:
+                shutil.rmtree(entry)
+
+    def leftovers(self) -> list[str]:
+        """Return what is left of builds."""
+        return os.listdir(self.directories.temporary)

@@ -13,7 +13,7 @@ from tests.crash.site import requires_builders
 SEEDS = 8
 DEATHS = 16
 """How often each seed's daemon dies."""
-CLIENTS = 3
+CLIENTS = 2
 LENGTH = 3
 
 

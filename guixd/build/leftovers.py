@@ -1,0 +1,63 @@
+"""Build trees of daemons that died with their builds (spec: sandbox §3).
+
+A tree that belongs to a running build has a mode that no other directory has, and is
+locked by its daemon.  The lock ends with the daemon, the mode when the tree is kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+
+from guixd.errors import StoreError
+from guixd.store.descent import DIRECTORY_FLAGS
+from guixd.store.removal import remove
+
+RUNNING = 0o1700
+"""The mode of a tree whose build runs."""
+_NAME = re.compile(r"guix-build-.+-[0-9]+")
+
+
+def claim(tree: int) -> None:
+    """Say that the build of the directory TREE, a descriptor that stays open, runs."""
+    fcntl.flock(tree, fcntl.LOCK_SH)
+
+
+def remove_leftovers(temporary: str) -> list[str]:
+    """Remove the build trees in the directory TEMPORARY whose daemons have died; blocks.
+
+    :return: what stands against the removal of some, for the log.
+    """
+    problems = []
+    try:
+        names = [name for name in os.listdir(temporary) if _NAME.fullmatch(name)]
+    except OSError as error:
+        return [f"cannot read '{temporary}': {error.strerror}"]
+    for name in names:
+        try:
+            _remove_leftover(f"{temporary}/{name}")
+        except (OSError, StoreError) as error:
+            problems.append(f"cannot remove '{temporary}/{name}': {error}")
+    return problems
+
+
+def _remove_leftover(tree: str) -> None:
+    try:
+        fd = os.open(tree, DIRECTORY_FLAGS)
+    except OSError:
+        return  # somebody else's, or gone
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != RUNNING:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        # Who makes a tree puts something into it when it is locked, and not before.
+        if os.listdir(fd):
+            remove(None, tree)
+    finally:
+        os.close(fd)
