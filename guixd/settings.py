@@ -82,3 +82,5 @@ class Settings:
     debug: bool = False
     ignore_symlink_store: bool = False
     """Whether the store may be a symbolic link (NIX_IGNORE_SYMLINK_STORE=1)."""
+    durable: bool = True
+    """Whether what is valid survives a power cut; only tests do without."""

@@ -61,6 +61,7 @@ class TemporaryDaemon:
         :param options: fields of `Settings`.
         """
         self._reactor = reactor
+        options.setdefault("durable", False)  # it costs time on a busy disk
         settings = Settings(directories=directories_below(directory), **options)
         factory: Any = builder if callable(builder) else lambda _daemon, _store: builder
         self.service = GuixdService(reactor, settings, builder=factory, environ=environ or {})

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from twisted.application.service import MultiService, Service
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from guixd.build.request import BuildRequest
 from guixd.build.threads import Threads
-from guixd.errors import Busy, StoreError
+from guixd.errors import Busy, GuixdError, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StorePath
 from guixd.net.receiving import FetcherLike
@@ -26,6 +26,7 @@ from guixd.service.options import not_effective
 from guixd.service.parts import Builds, Listeners, Store, Workers
 from guixd.service.session import Handlers, QuickHandlers, Session, presentable
 from guixd.settings import Settings
+from guixd.store import recovery
 from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
 
@@ -76,6 +77,7 @@ class Daemon:
         self.encoded_infos: dict[StorePath, tuple[PathInfo, bytes]] = {}
         self._reserving = True
         self._tidying = False
+        self._recovery: Deferred[None] = succeed(None)
         self._users: dict[int, float] = {}
 
     def session(self, connection: Connection, greeting: Greeting) -> Session | Deferred[Session]:
@@ -132,13 +134,41 @@ class Daemon:
                 build_gid=build_gid(settings) if self.uid == 0 else None,
                 reserve=reserve_space,
                 ignore_symlinks=settings.ignore_symlink_store,
+                durable=settings.durable,
             )
             store.open()
             self._store = store
+            if recovery.is_needed(store):
+                self._recovery = Deferred.fromCoroutine(self._recover(store))
+                self._recovery.addErrback(_ignore_cancelling)
         elif reserve_space is not self._reserving:
             store.reserve_space(reserve_space)
         self._reserving = reserve_space
+        if recovery.is_needed(store):
+            raise Busy("checking what was added before the machine stopped")
         return store
+
+    async def _recover(self, store: LocalStore) -> None:
+        """Make sure that what is valid in STORE is there."""
+        try:
+            damaged = await self.threads(recovery.find_damaged, store)
+            while True:
+                try:
+                    dropped = recovery.drop_damaged(store, damaged)
+                    break
+                except Busy:
+                    await deferLater(self.reactor, STORE_RETRY)
+        except GuixdError:
+            _log.failure("cannot check what was added before the machine stopped")
+            self._store = None  # the next client lets it begin anew
+            store.close()
+            return
+        _log.warn(
+            "the machine has stopped while the store was in use: {count} items were lost",
+            count=len(dropped),
+        )
+        for path in dropped:
+            _log.warn("{path} is not valid any more", path=path)
 
     def build(self, request: BuildRequest, session: Session) -> Deferred[None]:
         """Carry out REQUEST of SESSION."""
@@ -183,9 +213,14 @@ class Daemon:
 
     def close_store(self) -> None:
         """Close the store, which nobody may use any more."""
+        self._recovery.cancel()
         store, self._store = self._store, None
         if store is not None:
             store.close()
+
+
+def _ignore_cancelling(failure: Failure) -> None:
+    failure.trap(CancelledError)  # type: ignore[no-untyped-call]
 
 
 def build_gid(settings: Settings) -> int | None:

@@ -13,6 +13,7 @@ from guixd.errors import BadName, PathNotValid, ReferencesCycle, StoreError
 from guixd.faults import reached
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StoreDirectory, StorePath
+from guixd.store.durability import flush
 from guixd.store.items import PathInfo, Registration
 from guixd.store.queries import Queries, hash_text, storable
 from guixd.store.schema import prepare, store_error
@@ -34,14 +35,21 @@ class Database(Queries):
 
     :param directory: the directory of the database, which is made there if missing.
     :param clock: gives the time of registration, in seconds since the epoch.
+    :param durable: whether `checkpoint` flushes the files of the items, too.
     :raises StoreError: the schema is not the one known.
     """
 
     def __init__(
-        self, directory: str, store: StoreDirectory, *, clock: Callable[[], float] = time.time
+        self,
+        directory: str,
+        store: StoreDirectory,
+        *,
+        clock: Callable[[], float] = time.time,
+        durable: bool = False,
     ) -> None:
         prepare(directory)
         super().__init__(directory, store, read_only=False)
+        self._durable = durable
         self._clock = clock
         self._writer = self._connection.cursor()
         self._seen = self._mark.raw
@@ -67,10 +75,12 @@ class Database(Queries):
         It is for a thread: it may take long, and nobody waits for it meanwhile.  Left
         undone, SQLite does it by itself in some commit, when the log is very long.
         """
-        directory, store = self.directory, self.store
+        directory, store, durable = self.directory, self.store, self._durable
         self._copied_pages = self._mark.log_pages
 
         def run() -> None:
+            if durable:
+                flush(directory, store)
             queries = Queries(directory, store, read_only=False)
             try:
                 queries._rows("PRAGMA wal_checkpoint(PASSIVE)")

@@ -26,6 +26,7 @@ from guixd.store import layout, roots
 from guixd.store.addition import Addition
 from guixd.store.database import Database
 from guixd.store.derivations import Derivations, Read, Sparingly, TooMany, contents
+from guixd.store.durability import Durability
 from guixd.store.items import Registration
 from guixd.store.links import Links
 from guixd.store.locks import FileLock, PathLocks
@@ -56,8 +57,10 @@ class LocalStore:
     :param reserve: whether to keep space for the database (spec: store §7.5).
     :param ignore_symlinks: whether the store's name may lead through symbolic links.
     :param clock: gives seconds since the epoch.
+    :param durable: whether what is valid is to be on disk, see `store.durability`.
     :ivar directory: the store directory as a value.
     :ivar database: what is known of the items; from `open` to `close`.
+    :ivar durability: what is known to be on disk; `None` if that is not wanted.
     """
 
     database: Database
@@ -70,6 +73,7 @@ class LocalStore:
         reserve: bool = True,
         ignore_symlinks: bool = False,
         clock: Callable[[], float] = time.time,
+        durable: bool = True,
     ) -> None:
         self.directories = directories
         self.directory = StoreDirectory(directories.store)
@@ -78,6 +82,8 @@ class LocalStore:
         self._reserve = reserve
         self._ignore_symlinks = ignore_symlinks
         self._clock = clock
+        self._durable = durable
+        self.durability: Durability | None = None
         self._big_lock = FileLock(directories.database + "/big-lock")
         self._alone = True  # as far as we know, nobody else has the big lock
         self._sessions: set[TempRoots] = set()
@@ -99,12 +105,16 @@ class LocalStore:
         try:
             if not self._big_lock.acquire(exclusive=False):
                 raise Busy("waiting for the big lock of the store, which another process has")
-            self.database = Database(self.directories.database, self.directory, clock=self._clock)
+            directory = self.directories.database
+            self.database = Database(
+                directory, self.directory, clock=self._clock, durable=self._durable
+            )
         except BaseException:
             self._big_lock.close()
             raise
         self._own_roots = self.temp_roots()
         self._staging = Staging(self.directory, self._own_roots)
+        self.durability = Durability(self.database) if self._durable else None
 
     @property
     def closed(self) -> bool:
@@ -117,8 +127,12 @@ class LocalStore:
         self._staging = None
         for session in tuple(self._sessions):
             session.close()
-        self.database.close()
-        self._big_lock.close()
+        try:
+            if self.durability is not None:
+                self.durability.settle()
+        finally:
+            self.database.close()
+            self._big_lock.close()
 
     def reserve_space(self, wanted: bool) -> None:
         """Keep space for the database on a full disk, or free it."""

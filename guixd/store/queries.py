@@ -84,6 +84,23 @@ class Queries:
         )
         return [Row(StorePath(found), hash_, size or 0) for found, hash_, size in rows]
 
+    def items_since(self, number: int) -> list[Row]:
+        """Return the items behind the row NUMBER that were registered last, in their order.
+
+        :return: those of the last hour in which anything was registered.
+        """
+        rows = self._rows(
+            "SELECT path, hash, narSize FROM ValidPaths WHERE id > ? AND registrationTime >="
+            " (SELECT max(registrationTime) FROM ValidPaths) - 3600 ORDER BY id",
+            number,
+        )
+        return [Row(StorePath(path), hash_, size or 0) for path, hash_, size in rows]
+
+    def last_row(self) -> int:
+        """Return the number of the last row of a valid item, 0 if there is none."""
+        ((number,),) = self._rows("SELECT coalesce(max(id), 0) FROM ValidPaths")
+        return int(number)
+
     def find_row(self, path: StorePath) -> Row | None:
         """Return PATH as the database has it, `None` if it is not valid."""
         rows = self._rows(

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from guixd.errors import Busy, StoreError
 
 VERSION = 7
-BUSY_TIMEOUT = 0.05
+BUSY_TIMEOUT = 0.005
 """Seconds that a statement waits for a foreign process, at most, before `Busy`."""
 _CHECKPOINT_PAGES = 40_000
 _CACHE_KIB = 32 << 10
@@ -130,6 +130,7 @@ def _create(directory: str) -> None:
     try:
         os.fchmod(descriptor, 0o644)
         os.write(descriptor, str(VERSION).encode())
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -124,7 +124,9 @@ class World:
         os.mkdir(directories.temporary, 0o755)
         uids = UidRange(FIRST_UID, users, GID) if users else None
         self.settings = Settings(directories=directories, build_uids=uids, **settings)
-        self.store = LocalStore(directories, build_gid=GID if users else None, reserve=False)
+        self.store = LocalStore(
+            directories, build_gid=GID if users else None, reserve=False, durable=False
+        )
         self.store.open()
         self.roots = self.store.temp_roots()
         if threads is None:

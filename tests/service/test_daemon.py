@@ -135,3 +135,21 @@ class RefusedStartTests(TestCase):
         self.assertEqual(service.settings.listen, ("/nowhere",))
         # Timers do not follow the machine's clock, which may be set.
         self.assertIs(reactor.seconds, time.monotonic)
+
+
+class RecoveryTests(DaemonCase):
+    options = {"durable": True}
+
+    async def test_machine_stopped(self) -> None:
+        """S16: after the machine has stopped, clients wait until what was lost is known."""
+        client = await self.client()
+        lost, good = [await client.add_text(name, b"1") for name in ("lost", "good")]
+        await self.daemon.stop()
+        os.unlink(lost)
+        Path(self.directory, "var/db/flushed").write_text("another-start 0")
+        self.daemon = self.make(builder=self.builder, **self.options)
+        self.daemon.start()
+        self.addCleanup(self.daemon.stop)
+        client = await self.client()
+        self.assertEqual(await client.all_valid_paths(), (good,))
+        self.assertIn(b"machine stopped", b"".join(self.log))

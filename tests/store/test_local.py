@@ -52,6 +52,7 @@ class Case(SynchronousTestCase):
         self.roots = self.store.temp_roots()
 
     def open(self, **options: object) -> LocalStore:
+        options.setdefault("durable", False)
         store = LocalStore(self.directories, **options)  # type: ignore[arg-type]
         store.open()
         self.addCleanup(self.close, store)
@@ -218,7 +219,7 @@ class OpenTests(SynchronousTestCase):
         self.assertEqual(os.listdir(self.base + "/state/temproots"), [])
         self.assertEqual(
             sorted(os.listdir(self.directories.database)),
-            ["big-lock", "db.sqlite", "reserved", "schema"],
+            ["big-lock", "db.sqlite", "flushed", "reserved", "schema"],
         )
 
     def test_not_a_directory(self) -> None:
