@@ -35,6 +35,7 @@ class Database(Queries):
 
     :param directory: the directory of the database, which is made there if missing.
     :param clock: gives the time of registration, in seconds since the epoch.
+    :param read_only: whether changes are errors, since the file cannot be written to.
     :param durable: whether `checkpoint` flushes the files of the items, too.
     :raises StoreError: the schema is not the one known.
     """
@@ -46,9 +47,10 @@ class Database(Queries):
         *,
         clock: Callable[[], float] = time.time,
         durable: bool = False,
+        read_only: bool = False,
     ) -> None:
         prepare(directory)
-        super().__init__(directory, store, read_only=False)
+        super().__init__(directory, store, read_only=read_only)
         self._durable = durable
         self._clock = clock
         self._writer = self._connection.cursor()

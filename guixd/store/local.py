@@ -95,6 +95,8 @@ class LocalStore:
     def open(self) -> None:
         """Make what is missing and open the database.
 
+        Who may not write to the database can still be told what is in it.
+
         :raises Busy: another process has the store for itself.
         :raises StoreError: the store cannot be used.
         """
@@ -103,18 +105,33 @@ class LocalStore:
         )
         self.reserve_space(self._reserve)
         try:
-            if not self._big_lock.acquire(exclusive=False):
-                raise Busy("waiting for the big lock of the store, which another process has")
+            read_only = not self._lock_big_lock()
             directory = self.directories.database
             self.database = Database(
-                directory, self.directory, clock=self._clock, durable=self._durable
+                directory,
+                self.directory,
+                clock=self._clock,
+                durable=self._durable and not read_only,
+                read_only=read_only,
             )
         except BaseException:
             self._big_lock.close()
             raise
         self._own_roots = self.temp_roots()
         self._staging = Staging(self.directory, self._own_roots)
-        self.durability = Durability(self.database) if self._durable else None
+        durable = self._durable and not read_only
+        self.durability = Durability(self.database) if durable else None
+
+    def _lock_big_lock(self) -> bool:
+        """Take the big lock; return whether this daemon may write to the store at all."""
+        try:
+            if self._big_lock.acquire(exclusive=False):
+                return True
+        except StoreError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return False
+            raise
+        raise Busy("waiting for the big lock of the store, which another process has")
 
     @property
     def closed(self) -> bool:

@@ -62,6 +62,12 @@ def store_error(error: sqlite3.Error) -> StoreError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
         return Busy("the database of the store is locked by another process")
+    if code == sqlite3.SQLITE_READONLY:
+        return StoreError("the store cannot be changed: its database is read-only for this daemon")
+    if code == sqlite3.SQLITE_FULL:
+        return StoreError("the disk with the database of the store is full")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreError(f"the database of the store is damaged: {error}")
     return StoreError(f"database of the store: {error}")
 
 
