@@ -22,6 +22,7 @@ from guixd.formats.path import DERIVATION_SUFFIX, StorePath
 from guixd.formats.wire import encode_string
 from guixd.service.connection import Connection
 from guixd.service.session import Handlers, QuickHandlers, QuietError, Session
+from guixd.service.settling import settling
 from guixd.store.addition import Addition
 from guixd.store.links import SMALLEST, Links
 
@@ -198,7 +199,7 @@ def _try_add_text(session: Session, request: op.AddTextToStore) -> StorePath | N
 
 def quick_add_text(session: Session, request: op.AddTextToStore) -> bytes | None:
     """Add a small text that is no derivation."""
-    if request.name.endswith(DERIVATION_SUFFIX):
+    if request.name.endswith(DERIVATION_SUFFIX) or session.options.settles:
         return None
     path = _try_add_text(session, request)
     if path is None:
@@ -220,4 +221,4 @@ async def _add_slow_text(session: Session, request: op.AddTextToStore) -> StoreP
 
 
 QUICK: QuickHandlers = {op.AddTextToStore: quick_add_text}
-HANDLERS: Handlers = {op.AddToStore: add, op.AddTextToStore: add_text}
+HANDLERS: Handlers = {op.AddToStore: settling(add), op.AddTextToStore: settling(add_text)}

@@ -12,6 +12,7 @@ from guixd.errors import BuildError, NotAllowed, NotInStore
 from guixd.formats import operations as op
 from guixd.formats.path import HASH_LENGTH, StoreDirectory
 from guixd.service.session import Handlers, QuietError, Session
+from guixd.service.settling import settling
 
 READ_AT_ONCE = 10_000
 """How many items of a request are read before others have their turn."""
@@ -56,4 +57,4 @@ def ensure(session: Session, request: op.EnsurePath) -> None:
         raise BuildError(f"path '{request.path}' is not valid, and there is no substitute for it")
 
 
-HANDLERS: Handlers = {op.BuildPaths: build, op.EnsurePath: ensure}
+HANDLERS: Handlers = {op.BuildPaths: settling(build), op.EnsurePath: settling(ensure)}

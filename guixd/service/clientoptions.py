@@ -196,6 +196,11 @@ class SessionOptions:
         return bool(self._typed("auto-optimise-store", self.settings.deduplicate))
 
     @property
+    def settles(self) -> bool:
+        """Whether replies wait until what was made valid is on disk."""
+        return bool(self._typed("sync-before-registering", False))
+
+    @property
     def multiplexed(self) -> bool:
         """Whether builder output is marked with the builder's process id."""
         return bool(self._typed("multiplexed-build-output", False))

@@ -14,13 +14,15 @@ from twisted.trial.unittest import TestCase
 from guixd.client import RequestFailed
 from guixd.errors import GuixdError
 from guixd.formats.messages import LAST, Greeting
+from guixd.formats.nar import nar_of_file
 from guixd.service.daemon import GuixdService
 from guixd.service.listening import ListenError
 from guixd.service.tap import Options, makeService
 from guixd.settings import Settings
 from guixd.store import database
+from guixd.store.durability import Durability
 from guixd.testing import directories_below
-from tests.service.world import DaemonCase
+from tests.service.world import DaemonCase, set_options
 from tests.support import requires_root, temporary_directory
 
 
@@ -153,3 +155,22 @@ class RecoveryTests(DaemonCase):
         client = await self.client()
         self.assertEqual(await client.all_valid_paths(), (good,))
         self.assertIn(b"machine stopped", b"".join(self.log))
+
+    async def test_waiting_for_the_disk(self) -> None:
+        """S16: a client that is trusted may let each reply wait for the disk."""
+        flushed: list[int] = []
+        settle_all = Durability.settle_all
+
+        def watched(durability: Durability) -> None:
+            settle_all(durability)
+            flushed.append(durability._queries.last_row())
+
+        self.patch(Durability, "settle_all", watched)
+        client = await self.client()
+        await client.add_text("a", b"1")
+        self.assertEqual(flushed, [])
+        await client.set_options(set_options(("sync-before-registering", "true")))
+        path = await client.add_text("b", b"1")
+        await client.add_nar("c", [nar_of_file(b"1")])
+        await client.ensure_path(path)
+        self.assertEqual(flushed, [2, 3, 3])
