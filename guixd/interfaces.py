@@ -66,6 +66,9 @@ class ILauncher(Interface):
 class IFetcher(Interface):
     """Gets bytes from servers, in a process without the daemon's privileges."""
 
+    def start() -> None:
+        """Make ready for the first request, which may also come without this."""
+
     def fetch(request: Any, sink: int, *, head: Any = None, progress: Any = None) -> Any:
         """Fetch the body of a `net.requests.Request` into the pipe SINK, which is closed.
 

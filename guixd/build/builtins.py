@@ -6,7 +6,7 @@ with a status.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -18,8 +18,10 @@ from zope.interface import implementer
 
 from guixd.build.download import Download, DownloadTools
 from guixd.build.job import Job
+from guixd.build.outputs import Known
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.derivation import Derivation
+from guixd.formats.path import StorePath
 
 _log = Logger()
 
@@ -58,10 +60,12 @@ class BuiltinProcess:
     """The transport of a builder that is a coroutine.
 
     :ivar pid: a number that no process has.
+    :ivar known: at its end, what need not be found out about its outputs again.
     """
 
     def __init__(self, pid: int, protocol: Any) -> None:
         self.pid = pid
+        self.known: Mapping[StorePath, Known] = {}
         self._protocol = protocol
         self._running: Deferred[bool] | None = None
         self._ended = False
@@ -141,15 +145,26 @@ class Builtins:
         self._tools = tools
         self._number = FIRST_NUMBER
 
-    def spawn(self, protocol: Any, job: Job, directory: str) -> BuiltinProcess:
+    def spawn(
+        self, protocol: Any, job: Job, directory: str, hash_parts: Iterable[str]
+    ) -> BuiltinProcess:
         """Run the builder of JOB under an `IProcessProtocol`.
 
         :param directory: where its outputs are to be made, under their base names; nobody
             else can enter it.
+        :param hash_parts: what to look for in them.
         """
         self._number += 1
         process = BuiltinProcess(self._number, protocol)
-        download = Download(self._tools, job, directory, process.write, process.write_if_read)
+        say, report = process.write, process.write_if_read
+        download = Download(self._tools, job, directory, hash_parts, say, report)
         protocol.makeConnection(process)
-        self._reactor.callLater(0, process.run, download.run)
+
+        async def work() -> bool:
+            try:
+                return await download.run()
+            finally:
+                process.known = download.known
+
+        self._reactor.callLater(0, process.run, work)
         return process

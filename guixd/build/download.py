@@ -5,7 +5,7 @@ A place whose file has another hash is no better than one that does not answer.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +23,11 @@ from guixd.build.downloadinputs import (
 from guixd.build.draft import Draft
 from guixd.build.job import Job
 from guixd.build.mirrorcode import BadMirrors, urls
+from guixd.build.outputs import Known
 from guixd.build.threads import Threads
 from guixd.errors import FetchError
 from guixd.formats.hashes import to_base32
-from guixd.formats.path import StoreDirectory
+from guixd.formats.path import StoreDirectory, StorePath
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.receiving import FetcherLike, receive
 from guixd.net.requests import SCHEMES, Head, Request
@@ -60,8 +61,10 @@ class Download:
     """One download.
 
     :param directory: where the output is made, under its base name.
+    :param hash_parts: what to look for in the file.
     :param say: writes to the build's log.
     :param report: likewise, what may be left out.
+    :ivar known: at the end, what need not be found out about the output again.
     """
 
     def __init__(
@@ -69,17 +72,19 @@ class Download:
         tools: DownloadTools,
         job: Job,
         directory: str,
+        hash_parts: Iterable[str],
         say: Callable[[str], None],
         report: Callable[[str], None],
     ) -> None:
         self._tools = tools
         self._job = job
         self._directory = directory
+        self._hash_parts = hash_parts
         self._say = say
         self._report = report
         self._follow = job.options.follow_downloads
         self._draft: Draft | None = None
-        self._tried = 0
+        self.known: dict[StorePath, Known] = {}
 
     async def run(self) -> bool:
         """Download; return whether the output is there.
@@ -100,13 +105,18 @@ class Download:
     async def _run(self) -> bool:
         inputs = read_inputs(self._job.drv)
         await self._check_files(inputs)
-        draft = self._draft = Draft(self._directory, inputs.output, inputs.executable)
+        draft = self._draft = Draft(
+            self._directory, inputs.output, inputs.executable, self._hash_parts
+        )
         wrong = False
         async for url in self._places(inputs):
-            self._tried += 1
             if not await self._fetch(draft, inputs, url):
                 continue
             actual = await self._tools.threads(draft.finish)
+            if draft.measured is not None:
+                self.known = {inputs.output.path: Known(draft.measured, actual)}
+            else:
+                self.known = {}
             if actual == inputs.output.digest():
                 return True
             wrong = True
@@ -213,6 +223,7 @@ class Download:
             heads.append(head)
             if head.offset == 0 and draft.size:
                 draft.restart()
+            draft.expect(head.size)
             if self._follow:
                 self._trace(DownloadStarted(path, shown, head.size))
             elif head.size is not None:

@@ -24,7 +24,8 @@ from guixd.formats import hashes
 from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import HashMismatch
-from guixd.store.links import Links
+from guixd.store.dump import Measured
+from guixd.store.links import Links, is_shared
 from guixd.store.moves import exchange, exists, move
 from guixd.store.rewriting import rewrite
 from guixd.store.trees import (
@@ -57,6 +58,15 @@ class Made:
     references: frozenset[StorePath]
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found out about an output while the daemon itself wrote it."""
+
+    measured: Measured
+    fixed: bytes
+    """Its hash, as that of a fixed output is reckoned."""
+
+
 @dataclass(slots=True)
 class Harvest:
     """The outputs of one build on their way into the store; to be used in a `with` block.
@@ -85,6 +95,8 @@ class Harvest:
     candidates: frozenset[StorePath]
     links: Links | None = None
     """Where files are shared with equal ones of the store; closed in the end."""
+    known: Mapping[StorePath, Known] = field(default_factory=dict)
+    """What need not be found out again."""
     mismatches: list[str] = field(default_factory=list)
     """Trace lines to send before the failure."""
     _seen: InodesSeen = field(default_factory=set)
@@ -245,7 +257,14 @@ class Harvest:
             rewrite(staging, base, _REWRITTEN, self.targets.backward)
             remove(staging, base)
             move(staging, _REWRITTEN, staging, base)
-        scanned = hash_and_scan(staging, base, parts, self.links)
+        known = self.known.get(output.path)
+        if known is None:
+            scanned = hash_and_scan(staging, base, parts, self.links)
+        else:
+            scanned = known.measured
+            status = os.stat(base, dir_fd=staging, follow_symlinks=False)
+            if self.links is not None and is_shared(status):
+                self.links.share(staging, base, scanned.digest, status)
         if output.is_fixed:
             self._check_hash(staging, output, scanned.digest)
         return Made(
@@ -267,7 +286,9 @@ class Harvest:
     def _check_hash(self, staging: int, output: Output, nar_digest: bytes) -> None:
         algorithm = output.hash_algorithm
         base = output.path.base
-        if output.is_recursive:
+        if output.path in self.known:
+            actual = self.known[output.path].fixed
+        elif output.is_recursive:
             if algorithm == "sha256":
                 actual = nar_digest
             else:

@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 
 from guixd.build import container
 from guixd.build.builder import Builder
-from guixd.build.builtins import is_builtin, refuse_builtin, runs_here
+from guixd.build.builtins import BuiltinProcess, is_builtin, refuse_builtin, runs_here
 from guixd.build.constraints import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
@@ -64,6 +64,7 @@ class Trial:
         self._private = f"{job.path}.chroot"
         self._here = runs_here(job.drv)
         self._contained = workshop.settings.use_chroot or self._here
+        self._process: BuiltinProcess | None = None
         self._finished = False
 
     async def run(self, finish: Finish) -> None:
@@ -175,7 +176,9 @@ class Trial:
         if self._here and shop.builtins is not None:
             directory = f"{workspace.root}{shop.store.directory.path}"
             os.makedirs(directory, exist_ok=True)
-            return shop.builtins.spawn(builder, job, directory)
+            parts = {path.hash_part for path in inputs | set(job.drv.output_paths)}
+            self._process = shop.builtins.spawn(builder, job, directory, parts)
+            return self._process
         spec = self._spec(workspace, inputs)
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
 
@@ -222,6 +225,7 @@ class Trial:
             targets=self._targets,
             candidates=inputs | set(job.drv.output_paths),
             links=self._links(),
+            known=self._process.known if self._process is not None else {},
         )
         if isinstance(reason.value, ProcessTerminated):
             if self._contained:

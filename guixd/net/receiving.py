@@ -27,6 +27,8 @@ _QUICK = 32 << 10
 class FetcherLike(Protocol):
     """`interfaces.IFetcher` for the type checker."""
 
+    def start(self) -> None: ...
+
     def fetch(
         self,
         request: Request,

@@ -29,6 +29,8 @@ _log = Logger()
 
 __all__ = ["Options", "makeService", "run"]
 
+AHEAD = 2.0
+"""Seconds until helpers are started that nobody has needed yet."""
 SWITCH_INTERVAL = 0.0005
 """Seconds after which a thread that runs Python lets the reactor go on."""
 
@@ -52,7 +54,18 @@ def _make(settings: Settings) -> GuixdService:
     except OSError as error:
         # Each client will read it, too; perhaps it is mounted anew until then.
         _log.error("cannot make {store} writable: {error}", store=store, error=error)
-    return GuixdService(reactor, settings)
+    service = GuixdService(reactor, settings)
+    reactor.callLater(AHEAD, _start_ahead, service)
+    return service
+
+
+def _start_ahead(service: GuixdService) -> None:
+    """Start what takes a while, so that the first client need not wait for it."""
+    if service.running:
+        try:
+            service.daemon.fetcher.start()
+        except OSError as error:  # The first download tells, too.
+            _log.error("cannot start the process that downloads: {error}", error=error)
 
 
 def run(settings: Settings) -> int:
