@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
-from guixd.build.builtins import runs_here
+from guixd.build.builtins import is_git_download, runs_here
 from guixd.build.contents import is_intact
 from guixd.build.delivery import Delivery
 from guixd.build.foreign import released
@@ -37,7 +37,8 @@ class Attempt:
         self._user: BuildUser | None = None
         self._mode = job.mode
         self._here = runs_here(job.drv)
-        self._contained = workshop.settings.use_chroot or self._here
+        self._git = is_git_download(job.drv)
+        self._contained = self._here or (workshop.settings.use_chroot and not self._git)
         self._holders: set[str] = set()
         self._builder = self._make_builder()
         self._vacate: Callable[[], None] = lambda: None
@@ -47,7 +48,10 @@ class Attempt:
     def _make_builder(self) -> Builder:
         shop = self._shop
         builder = Builder(
-            shop.launcher, self._job.say.output, self._job.patience, contained=self._contained
+            shop.launcher,
+            self._job.say.output,
+            self._job.patience,
+            contained=self._contained,
         )
         for holder in self._holders:
             builder.hold(holder, True)
@@ -201,9 +205,8 @@ class Attempt:
             taken = [path for path in outputs if shop.store.database.is_valid(path)]
         else:
             taken = outputs
-        where = targets(
-            shop.store.directory, job.path, job.drv, wanted, taken, contained=self._contained
-        )
+        apart = self._contained or self._git
+        where = targets(shop.store.directory, job.path, job.drv, wanted, taken, contained=apart)
         own = shop.store.temp_roots() if where.elsewhere else None
         try:
             for path in where.elsewhere.values():

@@ -42,6 +42,11 @@ def runs_here(drv: Derivation) -> bool:
     return drv.builder == PREFIX + "download"
 
 
+def is_git_download(drv: Derivation) -> bool:
+    """Whether the builder of DRV checks a Git commit out."""
+    return drv.builder == PREFIX + "git-download"
+
+
 def refuse_builtin(drv: Derivation) -> None:
     """End a build whose builder is not there.
 

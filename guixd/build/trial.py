@@ -12,8 +12,15 @@ from twisted.python.failure import Failure
 
 from guixd.build import container
 from guixd.build.builder import Builder
-from guixd.build.builtins import BuiltinProcess, is_builtin, refuse_builtin, runs_here
+from guixd.build.builtins import (
+    BuiltinProcess,
+    is_builtin,
+    is_git_download,
+    refuse_builtin,
+    runs_here,
+)
 from guixd.build.constraints import export_graphs
+from guixd.build.gitdownload import plan_checkout
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
 from guixd.build.request import BuildMode, Level
@@ -63,7 +70,8 @@ class Trial:
         self._last = last
         self._private = f"{job.path}.chroot"
         self._here = runs_here(job.drv)
-        self._contained = workshop.settings.use_chroot or self._here
+        self._git = is_git_download(job.drv)
+        self._contained = self._here or (workshop.settings.use_chroot and not self._git)
         self._process: BuiltinProcess | None = None
         self._finished = False
 
@@ -73,7 +81,8 @@ class Trial:
         :raises BuildFailure: the builder failed, or its outputs are not as they should be.
         """
         shop, job, user = self._shop, self._job, self._user
-        if is_builtin(job.drv) and not (self._here and shop.builtins is not None):
+        ready = self._git or (self._here and shop.builtins is not None)
+        if is_builtin(job.drv) and not ready:
             refuse_builtin(job.drv)
         inputs = self._inputs()
         graphs = self._graphs()
@@ -179,7 +188,10 @@ class Trial:
             parts = {path.hash_part for path in inputs | set(job.drv.output_paths)}
             self._process = shop.builtins.spawn(builder, job, directory, parts)
             return self._process
-        spec = self._spec(workspace, inputs)
+        if self._git:
+            spec = plan_checkout(job, self._user, workspace.build_directory, shop.host)
+        else:
+            spec = self._spec(workspace, inputs)
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
 
     async def _run_builder(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Failure:
@@ -219,7 +231,9 @@ class Trial:
             drv=job.drv,
             store=store,
             private=self._private,
-            open_source=lambda: workspace.open_store(store),
+            open_source=(
+                workspace.open_build if self._git else lambda: workspace.open_store(store)
+            ),
             fresh=not self._here and (not self._contained or job.drv.has_fixed_outputs),
             owner=self._user.uid if self._user is not None else None,
             targets=self._targets,

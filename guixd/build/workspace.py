@@ -116,6 +116,10 @@ class Workspace:
                 f"the builder changed the directories above its outputs: {error.strerror}"
             ) from error
 
+    def open_build(self) -> int:
+        """Return a descriptor of the build directory, likewise."""
+        return os.dup(self._build_fd)
+
     def remove(self) -> None:
         """Delete all of it but what is kept; what is gone already is no error.
 

@@ -30,6 +30,8 @@ class DownloadCase(DaemonCase):
     """A daemon without build users, which downloads need not have."""
 
     environ: dict[str, str] = {}
+    base = ""
+    """The server of repositories."""
 
     def make(self, **options: Any) -> TemporaryDaemon:
         return super().make(**{**options, "builder": SandboxBuilder, "environ": self.environ})
@@ -43,6 +45,7 @@ class DownloadCase(DaemonCase):
         name: str = "file",
         builder: str = "builtin:download",
         executable: bool = False,
+        archive: bytes | None = None,
         fixed: bool = True,
         sources: Iterable[StorePath] = (),
         **variables: str,
@@ -50,6 +53,7 @@ class DownloadCase(DaemonCase):
         """Add a derivation that downloads CONTENT; return it and its output.
 
         :param url: as it stands in the derivation.
+        :param archive: what the NAR is to be, in place of CONTENT.
         :param variables: of its environment, with `_` in place of `-`.
         """
         environment = {key.replace("_", "-"): value for key, value in variables.items()}
@@ -58,7 +62,9 @@ class DownloadCase(DaemonCase):
         if executable:
             environment["executable"] = "1"
         data = nar_of_file(content, True) if executable else content
-        algorithm = "r:sha256" if executable else "sha256"
+        recursive = executable or archive is not None
+        algorithm = "r:sha256" if recursive else "sha256"
+        data = data if archive is None else archive
         digest = hashlib.sha256(data).hexdigest()
         none = self.store.child("0" * 32 + "-none")
         output = Output(none, algorithm, digest) if fixed else Output(none)
@@ -72,6 +78,23 @@ class DownloadCase(DaemonCase):
         drv = Derivation({"out": output}, {}, sources, this_system(), builder, (), environment)
         path = await client.add_text(f"{name}.drv", derivation.serialise(drv), list(sources))
         return path, out
+
+    async def derive_git(
+        self,
+        client: Client,
+        archive: bytes,
+        repository: str = "one",
+        *,
+        name: str = "checkout",
+        url: str = "",
+        **variables: str,
+    ) -> tuple[StorePath, StorePath]:
+        """Add a derivation that checks out what has the NAR ARCHIVE."""
+        url = url or f"{self.base}/{repository}/.git"
+        builder = "builtin:git-download"
+        return await self.derive(
+            client, f'"{url}"', name=name, archive=archive, builder=builder, **variables
+        )
 
     def unknown(self, path: StorePath) -> Derivation:
         raise AssertionError(path)

@@ -1,0 +1,129 @@
+"""`builtin:git-download`: a Git commit's tree (spec: downloads §7).
+
+Git deals with bytes from anywhere, so it runs as a build user does, in a box of its own
+(`gitbox`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from guixd.build import gitbox
+from guixd.build.container import Host
+from guixd.build.downloadinputs import Refused, check_url, datum, strings
+from guixd.build.job import Job
+from guixd.build.results import BuildFailure, Status
+from guixd.build.users import BuildUser
+from guixd.formats.derivation import Derivation
+from guixd.sandbox import kernel
+from guixd.sandbox.spec import Ids, SandboxSpec
+
+_BOOT = """import sys, types
+for name in "guixd", "guixd.sandbox", "guixd.sandbox.kernel":
+    module = sys.modules[name] = types.ModuleType(name)
+exec(sys.argv[1], module.__dict__)
+sys.modules["guixd.sandbox"].kernel = module
+names = {"__name__": "gitbox"}
+exec(sys.argv[2], names)
+names["main"](sys.argv[3])
+"""
+PLACES = "/run/current-system/profile/bin:/bin:/usr/bin"
+"""Where Git is looked for besides the daemon's PATH."""
+_SCHEMES = ("http", "https", "git")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY")
+_PERSONALITY = 0x0040000
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is to be checked out."""
+
+    url: str
+    commit: str
+    recursive: bool
+    methods: tuple[str, ...]
+
+
+def read_commit(drv: Derivation) -> Commit:
+    """Read the environment of DRV.
+
+    :raises Refused: there is something wrong with it.
+    """
+    output = drv.outputs.get("out")
+    if output is None or len(drv.outputs) != 1 or not output.is_recursive:
+        raise Refused("only a derivation with one output whose recursive hash is known can do this")
+    environment = drv.environment
+    if "url" not in environment or not environment.get("commit"):
+        raise Refused("the derivation has no 'url' or no 'commit'")
+    (url, *others) = strings(datum(environment["url"], "url"), "url") or ("",)
+    if others or check_url(url) not in _SCHEMES:
+        raise Refused("'url' is no URL that Git can fetch from here")
+    commit = environment["commit"]
+    if commit.startswith("-") or any(c <= " " or c == "\x7f" for c in commit):
+        raise Refused("'commit' is no commit and no tag")
+    recursive = datum(environment.get("recursive?", "#f"), "recursive?")
+    methods: tuple[str, ...] = ("upstream", "nar", "swh")
+    if "download-methods" in environment:
+        value = datum(environment["download-methods"], "download-methods")
+        methods = tuple(map(str, value)) if isinstance(value, tuple) else ()
+    return Commit(url, commit, recursive is not False, methods)
+
+
+def plan_checkout(job: Job, user: BuildUser | None, directory: str, host: Host) -> SandboxSpec:
+    """Return how the checkout of JOB is made in DIRECTORY, under the base name of its output.
+
+    :param user: who runs it; `None` for the daemon's own user.
+    :raises BuildFailure: it cannot be made.
+    """
+    try:
+        if user is None and host.uid == 0:
+            raise Refused("Git is not run as root: the daemon needs '--build-users-group'")
+        return _plan(read_commit(job.drv), job.drv, user, directory, host.environment)
+    except Refused as error:
+        fixed = job.drv.has_fixed_outputs
+        status = Status.TRANSIENT_FAILURE if fixed else Status.PERMANENT_FAILURE
+        raise BuildFailure(status, f"cannot build `{job.path}': {error}") from None
+
+
+def _plan(
+    commit: Commit,
+    drv: Derivation,
+    user: BuildUser | None,
+    directory: str,
+    environ: Mapping[str, str],
+) -> SandboxSpec:
+    if "upstream" not in commit.methods:
+        raise Refused("Git repositories are only fetched from where they are ('upstream')")
+    git = shutil.which("git", path=f"{environ.get('PATH', '')}:{PLACES}")
+    if git is None:
+        raise Refused("there is no program 'git' on this machine")
+    variables = {name: environ[name] for name in _PROXIES if name in environ}
+    variables["PATH"] = f"{os.path.dirname(git)}:/usr/bin:/bin"
+    if urlsplit(commit.url).username is None:
+        variables["GIT_SSL_NO_VERIFY"] = "true"  # The tree is known by its hash.
+    order = {
+        "url": commit.url,
+        "commit": commit.commit,
+        "recursive": commit.recursive,
+        "git": git,
+        "environment": variables,
+        "out": drv.outputs["out"].path.base,
+        "boxed": user is None,
+    }
+    texts = inspect.getsource(kernel), inspect.getsource(gitbox), json.dumps(order)
+    return SandboxSpec(
+        program=sys.executable,
+        arguments=("python3", "-I", "-X", "utf8", "-c", _BOOT, *texts),
+        environment=(("PATH", "/usr/bin:/bin"),),
+        directory=directory,
+        store="",
+        ids=None if user is None else Ids(user.uid, user.gid, user.groups),
+        personality=_PERSONALITY,
+    )
