@@ -1,4 +1,4 @@
-"""Requests about options, roots and failures, and those that are not served yet."""
+"""Requests about options, temporary roots and failures, and those that are not served yet."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from functools import partial
 from twisted.internet.task import deferLater
 
 from guixd.build.request import Level
-from guixd.errors import BadSetting, Busy, NotInStore, UnsupportedOperation
+from guixd.errors import BadSetting, NotInStore, UnsupportedOperation
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
-from guixd.store.locks import FileLock
 
 CLEARED_AT_ONCE = 500
 """How many failures are forgotten in one transaction."""
@@ -34,27 +33,6 @@ def add_temp_root(session: Session, request: op.AddTempRoot) -> None:
     session.roots.add(request.path)
 
 
-def add_indirect_root(session: Session, request: op.AddIndirectRoot) -> None:
-    session.store.add_indirect_root(request.path)
-
-
-def sync_with_gc(session: Session, _request: op.SyncWithGC) -> None:
-    lock = FileLock(session.store.gc_lock_file)
-    try:
-        if not lock.acquire(exclusive=False):
-            raise Busy("a garbage collection is running")
-    finally:
-        lock.close()
-
-
-async def find_roots(session: Session, _request: op.FindRoots) -> tuple[tuple[str, str], ...]:
-    lines: list[str] = []
-    roots = await session.daemon.threads(session.store.find_roots, lines.append)
-    for line in lines:
-        session.log.log(Level.INFO, line)
-    return roots
-
-
 async def clear_failed_paths(session: Session, request: op.ClearFailedPaths) -> None:
     for start in range(0, len(request.paths), CLEARED_AT_ONCE):
         if start:
@@ -71,11 +49,7 @@ def not_yet(_session: Session, request: object) -> None:
 HANDLERS: Handlers = {
     op.SetOptions: set_options,
     op.AddTempRoot: add_temp_root,
-    op.AddIndirectRoot: add_indirect_root,
-    op.SyncWithGC: sync_with_gc,
-    op.FindRoots: find_roots,
     op.ClearFailedPaths: clear_failed_paths,
-    op.CollectGarbage: not_yet,
     op.ExportPath: not_yet,
     op.ImportPaths: not_yet,
 }

@@ -19,7 +19,7 @@ from guixd.errors import Busy, GuixdError, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StorePath
 from guixd.net.receiving import FetcherLike
-from guixd.service import adding, building, changes, optimising, queries, verifying
+from guixd.service import adding, building, changes, collecting, optimising, queries, verifying
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
 from guixd.service.options import not_effective
@@ -41,6 +41,7 @@ HANDLERS: Handlers = {
     **adding.HANDLERS,
     **building.HANDLERS,
     **changes.HANDLERS,
+    **collecting.HANDLERS,
     **optimising.HANDLERS,
     **verifying.HANDLERS,
 }

@@ -18,7 +18,6 @@ from guixd.service.session import Handlers, Session
 from guixd.service.sweep import WORKERS, Progress, in_parallel
 from guixd.store.items import Row
 from guixd.store.local import LocalStore
-from guixd.store.locks import FileLock
 from guixd.store.survey import Survey
 from guixd.store.verify import Finding, Verification, exists, lost, missing
 
@@ -70,16 +69,16 @@ class _Verify:
         if not candidates:
             return
         # No collector may be at work while it is decided what has got lost.
-        lock = FileLock(self._store.gc_lock_file)
+        collecting = self._store.collecting
+        await self._session.when_free(collecting.begin)
         try:
-            await self._session.when_free(partial(_acquire, lock))
             for start in range(0, len(candidates), _AT_ONCE):
                 if start:
                     await deferLater(self._session.daemon.reactor, 0)
                 for path in candidates[start : start + _AT_ONCE]:
                     await self._session.when_free(partial(self._check_lost, path))
         finally:
-            lock.close()
+            collecting.end()
         for path in sorted(self._lost):
             self._log(Level.ERROR, f"path `{path}' disappeared, but it still has valid referrers!")
             if not self._repairs:
@@ -214,11 +213,6 @@ class _Verify:
                 self._log(Level.ERROR, error.text)
         self._error(failure)
         return False
-
-
-def _acquire(lock: FileLock) -> None:
-    if not lock.acquire(exclusive=True):
-        raise Busy("a garbage collection is running")
 
 
 def _missing(store: LocalStore) -> list[StorePath]:

@@ -15,6 +15,7 @@ from guixd.formats.derivation import Derivation
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.durability import flush
 from guixd.store.items import PathInfo, Registration
+from guixd.store.liveness import DeadItem
 from guixd.store.queries import Queries, hash_text, storable
 from guixd.store.schema import prepare, store_error
 
@@ -395,6 +396,31 @@ class Database(Queries):
                 raise StoreError(f"cannot invalidate '{path}' because it is in use by '{referrer}'")
         if storable(path):
             self._writer.execute("DELETE FROM ValidPaths WHERE path = ?", (str(path),))
+
+    def invalidate_unused(self, items: Sequence[DeadItem]) -> list[DeadItem]:
+        """Make those of ITEMS invalid to which no other valid item refers; files stay.
+
+        :param items: as found in an earlier state, those that refer to others first.
+        :return: what was made invalid.
+        """
+        gone = self._write(lambda: self._invalidate_unused(items))
+        for item in gone:
+            self._know(item.path, 0)
+            self._infos.pop(item.path, None)
+        self._forget_closures()
+        return gone
+
+    def _invalidate_unused(self, items: Sequence[DeadItem]) -> list[DeadItem]:
+        gone = []
+        for item in items:
+            self._writer.execute(
+                "DELETE FROM ValidPaths WHERE id = ? AND NOT EXISTS"
+                " (SELECT 1 FROM Refs WHERE reference = ? AND referrer <> ?)",
+                (item.row, item.row, item.row),
+            )
+            if self._writer.rowcount:
+                gone.append(item)
+        return gone
 
     def set_hash(self, path: StorePath, nar_hash: bytes, nar_size: int) -> None:
         """Replace hash and size of the valid item PATH.

@@ -12,7 +12,7 @@ import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
@@ -29,9 +29,10 @@ from guixd.store.derivations import Derivations, Read, Sparingly, TooMany, conte
 from guixd.store.durability import Durability
 from guixd.store.items import Registration
 from guixd.store.links import Links
+from guixd.store.liveness import DeadItem
 from guixd.store.locks import FileLock, PathLocks
 from guixd.store.queries import Queries
-from guixd.store.roots import TempRoots
+from guixd.store.roots import Collecting, TempRoots
 from guixd.store.staging import Staging, unused_name
 
 INLINE_TEXT = 256 << 10
@@ -61,6 +62,7 @@ class LocalStore:
     :ivar directory: the store directory as a value.
     :ivar database: what is known of the items; from `open` to `close`.
     :ivar durability: what is known to be on disk; `None` if that is not wanted.
+    :ivar collecting: what a collection of garbage learns of sessions, and they of it.
     """
 
     database: Database
@@ -87,6 +89,7 @@ class LocalStore:
         self._big_lock = FileLock(directories.database + "/big-lock")
         self._alone = True  # as far as we know, nobody else has the big lock
         self._sessions: set[TempRoots] = set()
+        self.collecting = Collecting(self.gc_lock_file)
         self._own_roots: TempRoots | None = None
         self._staging: Staging | None = None
         self._derivations = Derivations(self.directory)
@@ -204,14 +207,20 @@ class LocalStore:
 
     def temp_roots(self) -> TempRoots:
         """Return the temporary roots of a new session, which closes them."""
-        file = f"{self.directories.state}/temproots/{os.getpid()}-{next(_numbers)}"
-        session = TempRoots(file, self.gc_lock_file, self._sessions.discard)
+        name = f"{self.temp_root_prefix}{next(_numbers)}"
+        file = f"{self.directories.state}/temproots/{name}"
+        session = TempRoots(file, self.gc_lock_file, self._sessions.discard, self.collecting)
         self._sessions.add(session)
         return session
 
     def protected(self, but: TempRoots | None = None) -> set[StorePath]:
         """Return all temporary roots of this process, without those of the session BUT."""
         return {path for session in self._sessions if session is not but for path in session.paths}
+
+    @property
+    def temp_root_prefix(self) -> str:
+        """What the names of files of temporary roots of this process begin with."""
+        return f"{os.getpid()}-"
 
     def add_indirect_root(self, path: str) -> None:
         """Make a root of what the symbolic link PATH points to (op 12)."""
@@ -528,6 +537,14 @@ class LocalStore:
         self.database.invalidate(path)
         self._derivations.forget(path)
         self._hashes.pop(path, None)
+
+    def invalidate_unused(self, items: Sequence[DeadItem]) -> list[DeadItem]:
+        """Make ITEMS invalid but for those that are in use; see `Database.invalidate_unused`."""
+        gone = self.database.invalidate_unused(items)
+        for item in gone:
+            self._derivations.forget(item.path)
+            self._hashes.pop(item.path, None)
+        return gone
 
     def _check(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -238,6 +238,15 @@ class Queries:
         if not storable(path):
             return []
         return [StorePath(found) for (found,) in self._rows(statement, str(path))]
+
+    def _each(self, statement: str, at_once: int) -> Iterator[Any]:
+        """Give the rows of a long answer, AT_ONCE of which are fetched at a time."""
+        try:
+            cursor = self._connection.execute(statement)
+            while rows := cursor.fetchmany(at_once):
+                yield from rows
+        except sqlite3.Error as error:
+            raise store_error(error) from error
 
     def _rows(self, statement: str, *parameters: object) -> list[Any]:
         try:

@@ -17,10 +17,55 @@ from guixd.formats.hashes import to_base32
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.locks import FileLock, lock_descriptor
 
-__all__ = ["Busy", "TempRoots", "add_indirect_root", "canonical", "find_roots"]
+__all__ = ["Busy", "Collecting", "TempRoots", "add_indirect_root", "canonical", "find_roots"]
 
 _BUSY = "a garbage collection is running"
 _IGNORED = (EACCES, ENOENT, ENOTDIR)
+
+
+class Collecting:
+    """The collector's lock, and what the sessions of this process know of its holder.
+
+    If that is this process itself they need not wait, as it asks them before it
+    deletes anything.
+
+    :param gc_lock: its name, `STATE/gc.lock`.
+    :ivar locked: whether this process has it exclusively.
+    :ivar touched: all that was protected since a collection began; `None` when none runs.
+    """
+
+    def __init__(self, gc_lock: str) -> None:
+        self._lock = FileLock(gc_lock)
+        self.locked = False
+        self.touched: set[StorePath] | None = None
+
+    def begin(self) -> None:
+        """Take the lock exclusively.
+
+        :raises Busy: another process, or another request, has it.
+        """
+        if self.locked or not self._lock.acquire(exclusive=True):
+            raise Busy("waiting for the lock of the garbage collector")
+        self.locked = True
+
+    def end(self) -> None:
+        """Give the lock back."""
+        self.touched = None
+        self.locked = False
+        self._lock.close()
+
+    def pass_by(self) -> None:
+        """Return if no other process collects.
+
+        :raises Busy: one does.
+        """
+        if self.locked:
+            return
+        try:
+            if not self._lock.acquire(exclusive=False):
+                raise Busy(_BUSY)
+        finally:
+            self._lock.close()
 
 
 class TempRoots:
@@ -31,6 +76,7 @@ class TempRoots:
     :param file: its name, such as `STATE/temproots/PID-N`.
     :param gc_lock: the name of the collector's lock, `STATE/gc.lock`.
     :param closed: is called with this object when it is closed.
+    :param collecting: what this process knows of that lock.
     :ivar paths: all that was added.
     """
 
@@ -39,8 +85,10 @@ class TempRoots:
         file: str,
         gc_lock: str,
         closed: Callable[[TempRoots], object] = lambda _: None,
+        collecting: Collecting | None = None,
     ) -> None:
         self.paths: set[StorePath] = set()
+        self._collecting = collecting or Collecting(gc_lock)
         self._on_close = closed
         self._file = file
         self._gc_lock = gc_lock
@@ -85,6 +133,8 @@ class TempRoots:
             finally:
                 lock_descriptor(fd, exclusive=False)
             self.paths.add(path)
+            if self._collecting.touched is not None:
+                self._collecting.touched.add(path)
         except OSError as error:
             raise StoreError(f"cannot write '{self._file}': {error.strerror}") from error
         finally:
@@ -95,7 +145,8 @@ class TempRoots:
         while True:
             gc_lock = FileLock(self._gc_lock)
             try:
-                if not gc_lock.acquire(exclusive=False, wait=wait):
+                # Our own collector has that lock, but knows what we protect without the file.
+                if not self._collecting.locked and not gc_lock.acquire(exclusive=False, wait=wait):
                     raise Busy(_BUSY)
                 try:
                     os.unlink(self._file)  # of a dead process with our number
@@ -168,15 +219,18 @@ def find_roots(
     store: StoreDirectory,
     is_valid: Callable[[StorePath], bool],
     report: Callable[[str], None],
+    *,
+    strict: bool = False,
 ) -> dict[str, StorePath]:
     """Return the permanent roots: from the names of links or files to items, sorted.
 
     Links below `gcroots/auto` that lead nowhere are removed.  For a thread.
 
     :param report: gets lines for the user.
+    :param strict: whether to fail where permission is missing, because a root may be there.
     :raises StoreError: a directory cannot be read, for other reasons than permission.
     """
-    finder = _Finder(state, store, is_valid, report)
+    finder = _Finder(state, store, is_valid, report, strict)
     for name in "gcroots", "manifests", "profiles":
         finder.walk(f"{state}/{name}")
     return dict(sorted(finder.roots.items(), key=lambda pair: os.fsencode(pair[0])))
@@ -189,8 +243,10 @@ class _Finder:
         store: StoreDirectory,
         is_valid: Callable[[StorePath], bool],
         report: Callable[[str], None],
+        strict: bool,
     ) -> None:
         self.roots: dict[str, StorePath] = {}
+        self._strict = strict
         self._auto = state + "/gcroots/auto/"
         self._store = store
         self._is_valid = is_valid
@@ -220,6 +276,11 @@ class _Finder:
         except OSError as error:
             if error.errno not in _IGNORED:
                 raise StoreError(f"cannot read '{path}': {error.strerror}") from error
+            if self._strict and error.errno == EACCES:
+                raise StoreError(
+                    f"cannot read '{error.filename or path}', so what the root '{path}' protects is"
+                    " not known and nothing is deleted: let the daemon read it, or remove the root"
+                ) from error
             self._report(f"cannot read potential root '{path}'")
 
     def _link(self, path: str) -> None:
