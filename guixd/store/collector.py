@@ -40,7 +40,9 @@ NO_LIMIT = 2**64 - 1
 _KEPT = frozenset({TRASH, POOL})
 _COMPANIONS = (".lock", ".chroot")
 """Endings of names that lie beside an item that is being made."""
-_ITEMS, _NAMES = 32, 32
+_SMALL = 1 << 16
+"""Bytes up to which a file is removed at once, as that takes no longer than moving it."""
+_ITEMS, _NAMES = 64, 32
 """How many items, or leftovers, are made away with before the time is looked at."""
 
 
@@ -84,7 +86,7 @@ class Collection:
         self._due_names: deque[str] = deque()
         self._named: set[str] = set()
         self._moved: list[str] = []
-        self._moving = 0
+        self._moves = 0
         self._fd = -1
         self._trash = -1
         self.found: set[StorePath] = set()
@@ -267,40 +269,52 @@ class Collection:
             raise
         reached("gc.invalidated")
         for item in gone:
-            self._move(item.path.base, item.size)
+            self._delete(item.path, item.size)
 
     def _leftover(self, name: str) -> None:
         path = self._store.directory.child(name)
         if not self._is_kept(name) and not self._store.database.is_valid(path):
-            self._move(name, 0)
+            self._delete(path, 0)
 
-    def _move(self, name: str, size: int) -> None:
-        """Take NAME, which is not valid, out of the store."""
+    def _delete(self, path: StorePath, size: int) -> None:
+        """Take PATH, which is not valid, out of the store; trees and large files by the trash."""
+        name, most_links = path.base, self._rules.most_links
         try:
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return
-        self._report(f"[{self._progress()}] deleting '{self._store.directory.child(name)}'")
-        self.found.add(self._store.directory.child(name))
-        if stat.S_ISDIR(status.st_mode):
-            self._expected += size
-        elif status.st_nlink <= self._rules.most_links:
-            self._expected += status.st_size
-        self._moving += 1
-        new = f"{self._moving}-{name}"[:255]
+        self._report(f"[{self._progress()}] deleting '{path}'")
+        self.found.add(path)
         try:
-            if self._trash < 0:
-                raise OSError(ENOSPC, "no trash")
-            move(self._fd, name, self._trash, new)
-            self._moved.append(new)
-            reached("gc.trashed")
+            if stat.S_ISDIR(status.st_mode):
+                self._move(name)
+                self._expected += size
+            elif status.st_size <= _SMALL:
+                os.unlink(name, dir_fd=self._fd)
+                self.freed += status.st_size if status.st_nlink <= most_links else 0
+            else:
+                self._move(name)
+                self._expected += status.st_size if status.st_nlink <= most_links else 0
         except OSError as error:
             if error.errno != ENOSPC:
-                raise StoreError(f"cannot delete '{name}': {error.strerror}") from error
-            self.freed += remove(self._fd, name, max_links=self._rules.most_links)
+                raise StoreError(f"cannot delete '{path}': {error.strerror}") from error
+            self.freed += remove(self._fd, name, max_links=most_links)
         if self.freed + self._expected > self._rules.max_freed:
             self._full = True
             self._report(f"deleted more than {self._rules.max_freed} bytes; stopping")
+
+    def _move(self, name: str) -> None:
+        """Move NAME into the trash.
+
+        :raises OSError: it cannot be moved.
+        """
+        if self._trash < 0:
+            raise OSError(ENOSPC, "there is no trash")
+        self._moves += 1
+        new = f"{self._moves}-{name}"[:255]
+        move(self._fd, name, self._trash, new)
+        self._moved.append(new)
+        reached("gc.trashed")
 
     def _progress(self) -> str:
         done = self.freed + self._expected
