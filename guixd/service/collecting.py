@@ -19,11 +19,11 @@ from guixd.build.request import Level
 from guixd.errors import NotAllowed, StoreError
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, Session
-from guixd.store.collector import Collection, Rules
+from guixd.store.collector import TRASH, Collection, Rules
 from guixd.store.poolcare import clean_pool
 
 T = TypeVar("T")
-STEP = 0.003
+STEP = 0.002
 """Seconds of a collection after which others have their turn."""
 LIVE, DEAD, DELETE_DEAD, DELETE_SPECIFIC = range(4)
 
@@ -147,7 +147,8 @@ class _Collecting:
         try:
             await self._delete(collection, remover)
             collection.unlock()
-            self._say(Level.INFO, "deleting trash...")
+            trash = self._session.store.directory.child(TRASH)
+            self._say(Level.INFO, f"deleting `{trash}'")
             await remover.finish()
         finally:
             await remover.stop()

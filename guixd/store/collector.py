@@ -42,7 +42,7 @@ _COMPANIONS = (".lock", ".chroot")
 """Endings of names that lie beside an item that is being made."""
 _SMALL = 1 << 16
 """Bytes up to which a file is removed at once, as that takes no longer than moving it."""
-_ITEMS, _NAMES = 64, 32
+_ITEMS, _NAMES = 40, 32
 """How many items, or leftovers, are made away with before the time is looked at."""
 
 

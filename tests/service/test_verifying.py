@@ -252,7 +252,7 @@ class MeanwhileTests(VerifyCase):
         when_free = Session.when_free
 
         def watched(session: Session, step: object) -> object:
-            if not waiting.called and "_acquire" in repr(step):
+            if not waiting.called and "Collecting.begin" in repr(step):
                 waiting.callback(None)
             return when_free(session, step)  # type: ignore[arg-type]
 
