@@ -110,7 +110,8 @@ class _Collecting:
         )
 
     def _tell(self) -> None:
-        lines, self._lines = self._lines, []
+        lines = self._lines[:]
+        del self._lines[: len(lines)]  # a thread may be adding more
         for text in lines:
             self._session.log.log(Level.INFO, text)
 
