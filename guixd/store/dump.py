@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from guixd.errors import StoreError
@@ -49,8 +49,22 @@ def dump(
     :raises StoreError: an unsupported type, a file that cannot be read or shrank; the
         text names it.
     """
+    size = 0
+    for block in blocks(dir_fd, name, links):
+        write(block)
+        size += len(block)
+    return size
+
+
+def blocks(
+    dir_fd: int | None, name: str, links: Links | None = None
+) -> Generator[Block, None, None]:
+    """Give the archive of NAME in blocks, each good until the next is asked for; see `dump`.
+
+    To be closed if it is not wanted to the end.
+    """
     with Descent(dir_fd) as down:
-        return _Dump(down, write, links).run(name)
+        yield from _Dump(down, links).run(name)
 
 
 def dump_path(path: str, write: Callable[[Block], object]) -> int:
@@ -108,26 +122,27 @@ def hash_file(dir_fd: int | None, name: str, digest: Hash) -> os.stat_result:
 class _Dump:
     """One serialisation in progress."""
 
-    def __init__(
-        self, down: Descent, write: Callable[[Block], object], links: Links | None
-    ) -> None:
+    def __init__(self, down: Descent, links: Links | None) -> None:
         self._down = down
-        self._write = write
         self._links = links
         self._key: Hash | None = None
-        self._pieces: list[bytes] = []  # not yet written
+        self._pieces: list[bytes] = []  # not yet given
         self._gathered = 0
-        self._total = 0
         self._buffer: memoryview | None = None
 
-    def run(self, name: str) -> int:
+    def run(self, name: str) -> Generator[Block, None, None]:
         down = self._down
         self._put(nar.MAGIC)
         pending: list[list[str]] = []
         entry = name
         while True:
+            names = None
             try:
-                names = self._node(entry)
+                mode = os.stat(entry, dir_fd=down.fd, follow_symlinks=False).st_mode
+                if stat.S_ISREG(mode):
+                    yield from self._file(entry)
+                else:
+                    names = self._other(entry, mode)
             except OSError as error:
                 raise StoreError(f"cannot read '{down.path(entry)}': {error.strerror}") from error
             if names is not None:
@@ -139,19 +154,17 @@ class _Dump:
                 down.leave()
                 self._put(nar.CLOSE_ENTRY if pending else nar.CLOSE)
             if not pending:
-                self._flush()
-                return self._total
+                yield self._gathering()
+                return
             entry = pending[-1].pop()
             self._put(nar.entry_header(os.fsencode(entry)))
+            if self._gathered >= _BLOCK // 2:
+                yield self._gathering()
 
-    def _node(self, name: str) -> list[str] | None:
-        """Write the node NAME; of a directory, enter it and return its names, last first."""
-        fd = self._down.fd
-        mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
-        if stat.S_ISREG(mode):
-            self._file(name)
-        elif stat.S_ISLNK(mode):
-            self._put(nar.symlink_node(os.fsencode(os.readlink(name, dir_fd=fd))))
+    def _other(self, name: str, mode: int) -> list[str] | None:
+        """Put a link, or enter a directory and return its names, last first."""
+        if stat.S_ISLNK(mode):
+            self._put(nar.symlink_node(os.fsencode(os.readlink(name, dir_fd=self._down.fd))))
         elif stat.S_ISDIR(mode):
             self._put(nar.DIRECTORY_HEADER)
             names = os.listdir(self._down.enter(name))
@@ -161,7 +174,7 @@ class _Dump:
             raise StoreError(f"file '{self._down.path(name)}' has an unsupported type")
         return None
 
-    def _file(self, name: str) -> None:
+    def _file(self, name: str) -> Generator[Block, None, None]:
         fd = os.open(name, _FILE_FLAGS, dir_fd=self._down.fd)
         try:
             status = os.fstat(fd)
@@ -172,11 +185,13 @@ class _Dump:
             if self._links is not None and is_shared(status):
                 self._key = start_key(size, executable)
             self._put(nar.file_header(size, executable))
-            done = self._small(fd, size) if size <= _BLOCK // 4 else self._large(fd, size)
+            if size > _BLOCK // 4:
+                yield self._gathering()
+                yield from self._large(fd, size, name)
+            elif self._small(fd, size) < size:
+                raise self._shrunk(name)
         finally:
             os.close(fd)
-        if done < size:
-            raise StoreError(f"file '{self._down.path(name)}' shrank while it was read")
         self._put(nar.padding(size) + nar.CLOSE)
         if self._links is not None and self._key is not None:
             key, self._key = end_key(self._key, size), None
@@ -191,31 +206,29 @@ class _Dump:
             done += len(contents)
         return done
 
-    def _large(self, fd: int, size: int) -> int:
-        self._flush()
+    def _large(self, fd: int, size: int, name: str) -> Generator[Block, None, None]:
         if self._buffer is None:
             self._buffer = memoryview(bytearray(_BLOCK))
-        done = 0
-        while done < size:
-            got = os.readv(fd, [self._buffer[: min(_BLOCK, size - done)]])
+        left = size
+        while left:
+            got = os.readv(fd, [self._buffer[: min(_BLOCK, left)]])
             if not got:
-                break
-            self._write(self._buffer[:got])
+                raise self._shrunk(name)
+            yield self._buffer[:got]
             if self._key is not None:
                 self._key.update(self._buffer[:got])
-            done += got
-        self._total += done
-        return done
+            left -= got
+
+    def _shrunk(self, name: str) -> StoreError:
+        return StoreError(f"file '{self._down.path(name)}' shrank while it was read")
 
     def _put(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._gathered += len(piece)
-        if self._gathered >= _BLOCK // 2:
-            self._flush()
 
-    def _flush(self) -> None:
-        if self._gathered:
-            self._total += self._gathered
-            self._write(b"".join(self._pieces))
-            self._pieces.clear()
-            self._gathered = 0
+    def _gathering(self) -> bytes:
+        """Take what was put, which is to be given."""
+        block = b"".join(self._pieces)
+        self._pieces.clear()
+        self._gathered = 0
+        return block
