@@ -31,9 +31,10 @@ from guixd.store.items import Registration
 from guixd.store.links import Links
 from guixd.store.liveness import DeadItem
 from guixd.store.locks import FileLock, PathLocks
+from guixd.store.placing import move, write_item
 from guixd.store.queries import Queries
 from guixd.store.roots import Collecting, TempRoots
-from guixd.store.staging import Staging, unused_name
+from guixd.store.staging import Staging
 
 INLINE_TEXT = 256 << 10
 """Up to this size in bytes a text is added in the reactor's thread."""
@@ -368,7 +369,7 @@ class LocalStore:
         path = item.path
         locks, done = self._exclude(path), False
         try:
-            if _write_item(path, prepared.text, self.database.is_valid):
+            if write_item(path, prepared.text, self.database.is_valid):
                 try:
                     reached("text.written")
                     if links is not None:
@@ -446,8 +447,12 @@ class LocalStore:
         drv = None
         if not self.database.is_valid(path):
             if path.is_derivation:
-                drv = addition.derivation or self._read_addition(addition, self._read_input)
-            self._take_over(addition, path, drv)
+                drv = addition.derivation or self._derivation(
+                    path, addition.derivation_text, (), self._read_input
+                )
+            self.place(
+                addition.staging, Registration(path, addition.nar_hash, addition.nar_size), drv
+            )
         if addition.nar_size <= INLINE_TEXT:
             self.discard_addition(addition)
         return path
@@ -457,39 +462,67 @@ class LocalStore:
 
         What is raised is as in `commit_addition`, which then has less to do.
         """
+        addition.derivation = self.check_derivation(addition.result(), addition.derivation_text, ())
+
+    def check_derivation(
+        self, path: StorePath, text: bytes | None, references: Collection[StorePath]
+    ) -> Derivation:
+        """Read TEXT, which is to become the derivation PATH, and check it; for a thread.
+
+        :param text: `None` if it is no text at all.
+        :raises BadDerivation: it is not what it must be.
+        :raises PathNotValid: a derivation that it builds on is not valid.
+        """
         queries = self.database.read_only_copy()
         try:
-            addition.derivation = self._read_addition(
-                addition, lambda wanted: self._read_input(wanted, queries)
+            return self._derivation(
+                path, text, references, lambda wanted: self._read_input(wanted, queries)
             )
         finally:
             queries.close()
 
-    def _read_addition(self, addition: Addition, read: Read) -> Derivation:
-        path = addition.result()
-        text = addition.derivation_text
+    def _derivation(
+        self, path: StorePath, text: bytes | None, references: Collection[StorePath], read: Read
+    ) -> Derivation:
         if text is None:
             raise BadDerivation(f"cannot read '{path}', which is not a regular file")
         drv = derivation.parse(text, self.directory, path)
-        self._check(drv, path, (), read)
+        self._check(drv, path, references, read)
         return drv
 
-    def _take_over(self, addition: Addition, path: StorePath, drv: Derivation | None) -> None:
-        item = Registration(path, addition.nar_hash, addition.nar_size)
-        locks, done = self._exclude(path), False
+    def place(
+        self,
+        staging: str,
+        item: Registration,
+        drv: Derivation | None = None,
+        *,
+        locked: bool = False,
+    ) -> None:
+        """Make the files at STAGING, a name from `staging`, the valid ITEM.
+
+        If the item is valid already, they stay where they are.
+
+        :param drv: the checked contents if ITEM ends in `.drv`.
+        :param locked: whether the caller sees to it that nobody else makes ITEM.
+        :raises PathNotValid: something that is referred to is not valid.
+        :raises Busy: another process is at the same item.
+        """
+        path = item.path
+        locks, done = None if locked else self._exclude(path), False
         try:
             if not self.database.is_valid(path):
-                _move(addition.staging, path)
+                move(staging, path)
                 try:
                     reached("add.moved")
                     self.database.add(item, drv)
                 except BaseException:
-                    os.rename(path, addition.staging)
+                    os.rename(path, staging)
                     raise
-                self.staging.free(addition.staging)
+                self.staging.free(staging)
             done = True
         finally:
-            self._admit(locks, done)
+            if not locked:
+                self._admit(locks, done)
         if drv is not None:
             self._derivations.remember(path, drv, item.nar_size)
 
@@ -563,53 +596,3 @@ class LocalStore:
         if not (queries or self.database).is_valid(path):
             raise PathNotValid(f"the input derivation '{path}' is not valid")
         return self._derivations.read(path)
-
-
-def _write_item(path: StorePath, text: bytes, is_valid: Callable[[StorePath], bool]) -> bool:
-    """Make the file PATH, with the mode and time of all items, whatever is there.
-
-    :return: whether that was necessary, as it was not valid.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        try:
-            fd = os.open(path, flags, 0o444)
-        except FileExistsError:
-            if is_valid(path):
-                return False
-            _clear(path)
-            fd = os.open(path, flags, 0o444)
-        try:
-            done = os.write(fd, text)
-            while done < len(text):
-                done += os.write(fd, text[done:])
-            os.fchmod(fd, 0o444)
-            os.utime(fd, (1, 1))
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise StoreError(f"cannot write '{path}': {error.strerror}") from error
-    return True
-
-
-def _move(staging: str, path: StorePath) -> None:
-    """Call what is at STAGING PATH, whatever is there."""
-    try:
-        if os.path.lexists(path):
-            _clear(path)
-        os.rename(staging, path)
-    except OSError as error:
-        raise StoreError(f"cannot make '{path}': {error.strerror}") from error
-
-
-def _clear(path: StorePath) -> None:
-    """Take away what lies at PATH though it is not valid."""
-    try:
-        os.unlink(path)
-    except IsADirectoryError:
-        # Removing a tree can take long.  Under its new name a collector removes it.
-        store = os.path.dirname(path)
-        os.rename(path, f"{store}/{unused_name(store)}")
