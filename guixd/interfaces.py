@@ -37,6 +37,9 @@ class IBuilder(Interface):
             another `GuixdError`); cancelling it gives the builds up.
         """
 
+    def close() -> None:
+        """Begin no more builds; those that run go on."""
+
     def stop() -> object:
         """End all builds; the Deferred fires when nothing of them is left."""
 

@@ -61,6 +61,8 @@ class Settings:
     timeout: int = 86400
     max_silent_time: int = 3600
     max_log_size: int = 0
+    stop_timeout: int = 0
+    """How long running builds may go on when the daemon is told to stop."""
     rounds: int = 1
     use_substitutes: bool = True
     substitute_urls: tuple[str, ...] = DEFAULT_SUBSTITUTE_URLS

@@ -103,6 +103,7 @@ class FakeBuilder:
             DeferredQueue()
         )
         self.cancelled: list[BuildRequest] = []
+        self.closed = False
         self.stopped = False
 
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
@@ -118,6 +119,10 @@ class FakeBuilder:
             else:
                 done.callback(None)
         return done
+
+    def close(self) -> None:
+        """Record that nothing more is to begin."""
+        self.closed = True
 
     def stop(self) -> Deferred[None]:
         """Give all requests up."""

@@ -74,6 +74,7 @@ class Engine:
         self._builds: dict[StorePath, SharedBuild] = {}
         self._ending: set[SharedBuild] = set()
         self._requests: set[Deferred[None]] = set()
+        self._runs: set[RequestRun] = set()
 
     def _limit(self) -> int | None:
         return self._users.size if self._users is not None else None
@@ -107,7 +108,12 @@ class Engine:
                 await self._rank(goals)
                 options = request.options
                 share = self._scheduler.share(options.max_jobs, client=options.client_uid)
-                await RequestRun(shop.reactor, self, goals, request, observer, share).run()
+                run = RequestRun(shop.reactor, self, goals, request, observer, share)
+                self._runs.add(run)
+                try:
+                    await run.run()
+                finally:
+                    self._runs.discard(run)
         finally:
             if own is not None:
                 own.close()
@@ -151,6 +157,12 @@ class Engine:
         self._ending.discard(build)
         if self._builds.get(build.path) is build:
             del self._builds[build.path]
+
+    def close(self) -> None:
+        """Begin no more builds; requests fail when all that is left to do is to begin some."""
+        self._scheduler.close()
+        for run in tuple(self._runs):
+            run.changed()
 
     def stop(self) -> Deferred[None]:
         """Give all builds up; the Deferred fires when nothing of them is left."""

@@ -21,6 +21,7 @@ from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildFailedBefore
 
 NO_SLOTS = "unable to start any build: `--max-jobs' is 0 and none can be offloaded"
+STOPPING = "the build daemon is stopping and begins no more builds; try again when it is back"
 CIRCLE = "derivations depend on each other in a circle"
 
 
@@ -84,7 +85,7 @@ class RequestRun:
         if not self._active:
             self._done.errback(BuildError(CIRCLE))
         elif not self._share.may_start(local=False) and self._is_stuck():
-            self._done.errback(BuildError(NO_SLOTS))
+            self._done.errback(BuildError(STOPPING if self._share.closed else NO_SLOTS))
 
     def _is_stuck(self) -> bool:
         if self._hope is None or self._hope.stuck or self._hope.path not in self._active:

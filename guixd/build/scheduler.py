@@ -62,9 +62,14 @@ class Share:
         self._queue: list[_Ticket] = []
         self._waiting = 0
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing begins any more, in any share."""
+        return self._scheduler.closed
+
     def may_start(self, local: bool) -> bool:
         """Whether a build could ever start here; `local` ones do so even with no jobs."""
-        return not self._scheduler.closed and (self.max_jobs > 0 or local)
+        return not self.closed and (self.max_jobs > 0 or local)
 
     def acquire(self, priority: Priority, local: bool = False) -> Deferred[Slot]:
         """Wait for a slot; cancel the Deferred to give up.

@@ -31,6 +31,7 @@ class Builder(Protocol):
     """`interfaces.IBuilder` for the type checker."""
 
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]: ...
+    def close(self) -> None: ...
     def stop(self) -> Deferred[None]: ...
 
 
@@ -59,6 +60,10 @@ class SandboxBuilder:
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
         """Carry out REQUEST for OBSERVER; see `IBuilder.build`."""
         return self._engine.build(request, observer)
+
+    def close(self) -> None:
+        """Begin no more builds."""
+        self._engine.close()
 
     async def _stop(self) -> None:
         try:

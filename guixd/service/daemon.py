@@ -13,7 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from guixd.build.request import BuildRequest
+from guixd.build.request import BuildRequest, Level
 from guixd.build.threads import Threads
 from guixd.errors import Busy, GuixdError, StoreError
 from guixd.formats.messages import Greeting
@@ -22,6 +22,7 @@ from guixd.net.receiving import FetcherLike
 from guixd.service import adding, building, changes, collecting, optimising, queries, verifying
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
+from guixd.service.drain import Drain
 from guixd.service.options import not_effective
 from guixd.service.parts import Builds, Listeners, Store, Workers
 from guixd.service.session import Handlers, QuickHandlers, Session, presentable
@@ -32,6 +33,7 @@ from guixd.store.local import LocalStore
 
 _log = Logger()
 
+STOPPING = "the build daemon is stopping"
 STORE_RETRY = 0.2
 """Seconds until a store that another process has for itself is tried again."""
 USER_CHECK = 60.0
@@ -56,6 +58,7 @@ class Daemon:
 
     :ivar uid: who the daemon runs as.
     :ivar encoded_infos: what is known of paths, and the replies that say so.
+    :ivar sessions: those of all clients that are connected.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Daemon:
         self._reserving = True
         self._tidying = False
         self._recovery: Deferred[None] = succeed(None)
+        self._drain: Drain | None = None
+        self.sessions: set[Session] = set()
         self._users: dict[int, float] = {}
 
     def session(self, connection: Connection, greeting: Greeting) -> Session | Deferred[Session]:
@@ -107,6 +112,7 @@ class Daemon:
         try:
             store = self._open_store(greeting.reserve_space)
             session = Session(self, store, connection, HANDLERS, QUICK)
+            self.sessions.add(session)
         except OSError as error:
             raise presentable(error) from error
         peer = connection.peer
@@ -175,10 +181,14 @@ class Daemon:
         """Carry out REQUEST of SESSION."""
         if self._builder is None:
             self._builder = self._make_builder(self, session.store)
+            if self._drain is not None:
+                self._builder.close()
         return self._builder.build(request, session.log)
 
     def tidy(self) -> None:
-        """Copy the log of the database in a thread, if it has become long."""
+        """Do what may be due after a request: copy the log of the database, or stop."""
+        if self._drain is not None:
+            self._drain.stirred()
         store = self._store
         if self._tidying or store is None or not store.database.checkpoint_due():
             return
@@ -200,6 +210,28 @@ class Daemon:
 
             self._fetcher = Fetcher(self.reactor, self._environ)
         return self._fetcher
+
+    async def drain(self) -> None:
+        """Begin nothing more, and let what is at work go on for as long as the settings say."""
+        seconds = self.settings.stop_timeout
+        self._drain = Drain(self.reactor, seconds, lambda: any(self._working()))
+        if self._builder is not None:
+            self._builder.close()
+        if not self._drain.over.called:
+            for session in self._working():
+                session.log.log(Level.ERROR, f"{STOPPING}; what runs has {seconds} s to finish")
+        await self._drain.over
+        if self._drain.given_up:
+            for session in self._working():
+                session.log.log(Level.ERROR, f"{STOPPING}, and gives up what still runs")
+
+    def _working(self) -> list[Session]:
+        return [session for session in self.sessions if session.log.working]
+
+    def hurry(self) -> None:
+        """Wait no longer for what is at work."""
+        if self._drain is not None:
+            self._drain.hurry()
 
     async def stop_builds(self) -> None:
         """End all builds and downloads."""
@@ -298,10 +330,19 @@ class GuixdService(MultiService):
             )
 
     async def _stop(self) -> None:
+        self.listeners.close()
+        await self.daemon.drain()
         for part in reversed(list(self)):
             await maybeDeferred(part.stopService)
 
     def stopService(self) -> Deferred[None]:
-        """Stop; the Deferred fires when no build, socket or thread is left."""
+        """Stop; the Deferred fires when no build, socket or thread is left.
+
+        What is at work may go on before, for the time that the settings give; see `hurry`.
+        """
         Service.stopService(self)  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
+
+    def hurry(self) -> None:
+        """End at once what `stopService` lets go on."""
+        self.daemon.hurry()

@@ -60,7 +60,7 @@ class Listener:
         self._store = store
         self._make = make
         self._retry: Any = None
-        self._accepting = False
+        self._accepting = self._closing = False
         self._stopped: Deferred[None] | None = None
         self.connections: set[Connection] = set()
 
@@ -69,6 +69,14 @@ class Listener:
         self._accepting = True
         self._reactor.addReader(self)
 
+    def close(self) -> None:
+        """Accept no more; who is connected stays so."""
+        if not self._closing:
+            self._closing = True
+            self._pause()
+            self._cancel_retry()
+            self._socket.close()
+
     def stop(self) -> Deferred[None]:
         """Accept no more and disconnect all clients.
 
@@ -76,9 +84,7 @@ class Listener:
         """
         if self._stopped is None:
             self._stopped = Deferred()
-            self._pause()
-            self._cancel_retry()
-            self._socket.close()
+            self.close()
             for connection in tuple(self.connections):
                 connection.abort()
             self._check_stopped()
@@ -170,7 +176,7 @@ class Listener:
 
     def _resume(self) -> None:
         self._cancel_retry()
-        if self._stopped is None:
+        if not self._closing:
             self.start()
 
     def _cancel_retry(self) -> None:

@@ -52,6 +52,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("isolate-host-loopback", help="hide the host's loopback from downloading builds"),
     Option("gc-keep-outputs", _optional, "yes|no", "keep outputs of live derivations"),
     Option("gc-keep-derivations", _optional, "yes|no", "keep derivations of live outputs"),
+    Option(
+        "stop-timeout", _required, "SECONDS",
+        "when told to stop, let running builds go on for so long (guixd only)",
+    ),
     Option("listen", _required, "ENDPOINT", "a socket's file name, or HOST[:PORT]; repeatable"),
     Option(
         "max-connections-per-user", _required, "N",
@@ -247,6 +251,7 @@ _EFFECTS: dict[str, _Effect] = {
     "max-connections-per-user": _integer("max-connections-per-user", "max_connections_per_user"),
     "greeting-timeout": _integer("greeting-timeout", "greeting_timeout"),
     "idle-timeout": _integer("idle-timeout", "idle_timeout"),
+    "stop-timeout": _integer("stop-timeout", "stop_timeout"),
     "debug": _flag("debug", True),
 }
 

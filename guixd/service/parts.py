@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _log = Logger()
 
 WORKER_THREADS = 4
+STOP_MARGIN = 60
+"""Seconds in which builds that were ended are cleaned up."""
 
 
 class Store(Service):
@@ -106,15 +108,27 @@ class Listeners(Service):
             _log.info("listening on {endpoint}", endpoint=bound.description)
         notify(self._environ, "READY=1")
 
+    def close(self) -> None:
+        """Stop listening; clients stay connected."""
+        if not self._sockets:
+            return
+        state, seconds = "STOPPING=1", self._daemon.settings.stop_timeout
+        if seconds:
+            state += f"\nEXTEND_TIMEOUT_USEC={1_000_000 * (seconds + STOP_MARGIN)}"
+        notify(self._environ, state)
+        for listener in self._listeners:
+            listener.close()
+        for bound in self._sockets:
+            bound.close()
+        self._sockets = []
+
     async def _stop(self) -> None:
-        notify(self._environ, "STOPPING=1")
+        self.close()
         if self._admission is not None:
             self._admission.stop()
         for listener in self._listeners:
             await listener.stop()
-        for bound in self._sockets:
-            bound.close()
-        self._listeners, self._sockets = [], []
+        self._listeners = []
 
     def stopService(self) -> Deferred[None]:
         """Stop listening and disconnect everybody, which cancels their work."""

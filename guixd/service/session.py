@@ -180,4 +180,5 @@ class Session:
     def disconnected(self) -> None:
         """Give back what the session holds."""
         self.log.working = False
+        self.daemon.sessions.discard(self)
         self.roots.close()

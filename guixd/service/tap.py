@@ -55,6 +55,7 @@ def _make(settings: Settings) -> GuixdService:
         # Each client will read it, too; perhaps it is mounted anew until then.
         _log.error("cannot make {store} writable: {error}", store=store, error=error)
     service = GuixdService(reactor, settings)
+    reactor.addSystemEventTrigger("before", "shutdown", _hurry_by_signal, reactor, service)
     reactor.callLater(AHEAD, _start_ahead, service)
     return service
 
@@ -66,6 +67,12 @@ def _start_ahead(service: GuixdService) -> None:
             service.daemon.fetcher.start()
         except OSError as error:  # The first download tells, too.
             _log.error("cannot start the process that downloads: {error}", error=error)
+
+
+def _hurry_by_signal(reactor: Any, service: GuixdService) -> None:
+    """Let signals, after the one that began the stop, end at once what still runs."""
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, lambda *_: reactor.callFromThread(service.hurry))
 
 
 def run(settings: Settings) -> int:
