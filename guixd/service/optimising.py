@@ -22,7 +22,8 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
     """Share the equal files of all valid items."""
     store, threads = session.store, session.daemon.threads
     work = Optimisation(store.directory.path)
-    survey = Survey(store.database)
+    # An item cannot be smaller than its files.
+    survey = Survey(store.database, SMALLEST)
     progress = Progress(session.daemon.reactor)
     items = files = freed = 0
 
@@ -51,15 +52,9 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
 
 
 async def _protect(session: Session, roots: TempRoots, rows: Iterable[Row]) -> Sequence[StorePath]:
-    """Protect those of the items ROWS that may have files to share from collectors by ROOTS.
-
-    :return: those of them that are still valid.
-    """
+    """Protect the items ROWS from collectors by ROOTS; return those that are still valid."""
     store = session.store
-    has_child = store.directory.has_child
-    # An item cannot be smaller than its files.
-    large = [row.path for row in rows if row.nar_size >= SMALLEST or not row.nar_size]
-    paths = [path for path in large if has_child(path)]
+    paths = [row.path for row in rows if store.directory.has_child(row.path)]
     for path in paths:
         await session.when_free(partial(roots.add, path))
     return await session.when_free(partial(store.database.valid_in_order, paths))

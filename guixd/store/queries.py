@@ -74,12 +74,17 @@ class Queries:
         rows = self._rows("SELECT path FROM ValidPaths ORDER BY path")
         return [StorePath(path) for (path,) in rows]
 
-    def items_after(self, path: str, limit: int) -> list[Row]:
-        """Return the valid items that follow PATH in the order of bytes, at most LIMIT."""
+    def items_after(self, path: str, limit: int, smallest: int = 0) -> list[Row]:
+        """Return the valid items that follow PATH in the order of bytes, at most LIMIT.
+
+        :param smallest: bytes of the smallest archives that are of interest; those whose
+            size is unknown always are.
+        """
         rows = self._rows(
             "SELECT path, hash, narSize FROM ValidPaths WHERE path > CAST(? AS TEXT)"
-            " ORDER BY path LIMIT ?",
+            " AND (coalesce(narSize, 0) = 0 OR narSize >= ?) ORDER BY path LIMIT ?",
             path.encode("utf-8", "surrogateescape"),
+            smallest,
             limit,
         )
         return [Row(StorePath(found), hash_, size or 0) for found, hash_, size in rows]

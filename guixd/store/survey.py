@@ -17,10 +17,13 @@ class Survey:
 
     What becomes valid meanwhile may be left out, and what is told to be valid may not be
     so any more.
+
+    :param smallest: bytes of the smallest archives that are of interest.
     """
 
-    def __init__(self, queries: Queries) -> None:
+    def __init__(self, queries: Queries, smallest: int = 0) -> None:
         self._queries = queries
+        self._smallest = smallest
         self._rows: deque[Row] = deque()
         self._last = ""
         self._read = True
@@ -36,7 +39,7 @@ class Survey:
         size = 0
         while len(taken) < _MOST_ITEMS and size < _MOST_BYTES:
             if not rows and self._read:
-                found = self._queries.items_after(self._last, _READ_AT_ONCE)
+                found = self._queries.items_after(self._last, _READ_AT_ONCE, self._smallest)
                 self._read = len(found) == _READ_AT_ONCE
                 rows.extend(found)
                 self._last = rows[-1].path if rows else ""

@@ -28,7 +28,7 @@ class VerifyTests(SynchronousTestCase):
         self.place = Place(self)
         (self.place.directory / "work/items.scm").write_text(SCENARIO)
 
-    def gc(self, *options: str, status: int = 0) -> list[str]:
+    def gc(self, *options: str, status: int | None = 0) -> list[str]:
         return self.place.run("guix", "gc", *options, status=status).err.splitlines()
 
     def damage(self) -> list[str]:
@@ -68,3 +68,25 @@ class VerifyTests(SynchronousTestCase):
                 shutil.rmtree(self.place.directory / name)
                 os.mkdir(self.place.directory / name)
         self.assertEqual(said[1], said[0])
+
+    def test_repair(self) -> None:
+        """P18, B16: outputs that were modified, a tree and a file, are built again."""
+        for daemon in STOCK, GUIXD:
+            self.place.start(daemon)
+            facts = self.place.scheme("build.scm")
+            damaged = [self.place.outside(facts.text(name)) for name in ("greeting", "tree")]
+            tree = damaged[1] / "text"
+            for file in damaged[0], tree:
+                file.chmod(0o644)
+                file.write_text("other")
+                file.chmod(0o444)
+            said = self.gc("--verify=contents", status=1)
+            self.assertEqual(len([line for line in said if "was modified" in line]), 2)
+            self.gc("--verify=contents,repair", status=None)
+            self.assertEqual(damaged[0].read_text(), "hello\n", daemon)
+            self.assertEqual(tree.read_text(), "hello\n", daemon)
+            self.assertEqual(self.gc("--verify=contents"), VERIFIED, daemon)
+            self.place.stop()
+            for name in "store", "state/db":
+                shutil.rmtree(self.place.directory / name)
+                os.mkdir(self.place.directory / name)
