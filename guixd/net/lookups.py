@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from urllib.parse import urljoin
 
 from twisted.internet.defer import Deferred
 
@@ -14,7 +13,7 @@ from guixd.net.connections import Connection, Connections, Exchange, Way, reques
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
 from guixd.net.requests import Answer
-from guixd.net.transfers import REDIRECTS, split_url, without_user
+from guixd.net.transfers import REDIRECTS, joined, split_url, without_user
 
 CONNECTIONS = 8
 """To each server."""
@@ -183,7 +182,7 @@ class Lookups:
             def done(question: _Question, answer: Answer) -> None:
                 asked.pop(question, None)
                 if question.location and question.redirects < _MOST_REDIRECTS:
-                    target = urljoin(question.url, question.location)
+                    target = joined(question.url, question.location)
                     server = put(number, target, question.redirects + 1)
                     if server is not None:
                         server.pump()

@@ -221,7 +221,7 @@ class Transfer:
             await _dismiss(body, answer)
             if not location:
                 raise FetchError("redirect", f"redirected to nowhere ({answer.status})")
-            target = urljoin(bare, location)
+            target = joined(bare, location)
             try:
                 split_url(target, request.schemes)
             except FetchError as error:
@@ -333,6 +333,14 @@ def split_url(url: str, schemes: Any) -> SplitResult:
     if not host or any(character <= " " or character == "\x7f" for character in url):
         raise FetchError("url", "the URL is not well-formed")
     return parts
+
+
+def joined(base: str, location: str) -> str:
+    """Return the URL that LOCATION, seen from BASE, is; empty if it is none."""
+    try:
+        return urljoin(base, location)
+    except ValueError:
+        return ""
 
 
 def without_user(parts: SplitResult) -> str:

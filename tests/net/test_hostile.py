@@ -1,0 +1,273 @@
+"""Servers that do wrong, and what is kept from them (W8, W10, W11, W22; substitutes §10)."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import socket
+from pathlib import Path
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.errors import FetchError
+from guixd.net import client
+from guixd.net.http1 import LONGEST_HEAD, BadResponse, ResponseHead, ResponseReader
+from guixd.net.requests import Answer, Request
+from tests.net.servers import Asked, FetcherCase, Server, always, answer
+from tests.support import temporary_directory
+
+
+class _Told:
+    """What a reader tells, as a list."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+
+    def head(self, head: ResponseHead) -> None:
+        self.events.append(head.status)
+
+    def data(self, data: bytes) -> None:
+        if self.events and isinstance(self.events[-1], bytes):
+            data = self.events.pop() + data  # type: ignore[operator]
+        self.events.append(data)
+
+    def end(self) -> None:
+        self.events.append("end")
+
+
+def read(data: bytes, step: int | None = None) -> list[object]:
+    told = _Told()
+    reader = ResponseReader(told)
+    for begin in range(0, len(data), step or len(data)):
+        reader.feed(data[begin : begin + (step or len(data))])
+    if not reader.closed():
+        told.events.append("cut")
+    return told.events
+
+
+class ResponsesTest(SynchronousTestCase):
+    def test_how_bodies_end(self) -> None:
+        """W8, U14: by length, by chunks, by the end; one after the other, in any pieces."""
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunked += b"3;a=b\r\nabc\r\n2\r\nde\r\n0\r\nX: y\r\n\r\n"
+        sized = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno"
+        empty = b"HTTP/1.1 204 Empty\nServer: x\n\n"
+        interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+        closed = b"HTTP/1.0 200 OK\r\n\r\nrest"
+        data = chunked + sized + empty + interim + closed
+        expected = [200, b"abcde", "end", 404, b"no", "end", 204, "end", 200, b"rest", "end"]
+        for step in (None, 1, 7):
+            self.assertEqual(read(data, step), expected)
+        for cut in (chunked[:-3], sized[:-1], sized[:10]):
+            self.assertEqual(read(cut)[-1], "cut")
+
+    def test_what_is_no_response(self) -> None:
+        """W8"""
+        start = b"HTTP/1.1 200 OK\r\n"
+        for data in (
+            b"SSH-2.0-x\r\n\r\n",
+            b"HTTP/2 200\r\n\r\n",
+            b"HTTP/1.1 099 X\r\n\r\n",
+            start + b"no colon\r\n\r\n",
+            start + b" folded: x\r\n\r\n",
+            start + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            start + b"Content-Length: -5\r\n\r\n",
+            start + b"Content-Length: 5, 5\r\n\r\n",
+            start + b"Content-Length: 99999999999999999999\r\n\r\n",
+            start + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+            start + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
+            start + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+            start + b"Transfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n",
+            start + b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 5000,
+            start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 20_000,
+            start + b"X: " + b"x" * LONGEST_HEAD,
+            b"x" * LONGEST_HEAD,
+            b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+            b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        ):
+            with self.assertRaises(BadResponse, msg=data[:60]):
+                read(data)
+
+
+class HostileTest(FetcherCase):
+    async def test_nonsense(self) -> None:
+        """W8: it is an error, not the end of the process."""
+        pid = 0
+        for data in (b"SSH-2.0-x\r\n\r\n", b"x" * (1 << 20), b"HTTP/1.1 100 C\r\n\r\n" * 1000):
+            error = await self.refused(Server(self, always(data)).url())
+            self.assertEqual(error.kind, "body")
+            pid = pid or self.fetcher.pid
+        self.assertEqual(self.fetcher.pid, pid)
+
+    async def test_resets(self) -> None:
+        """W8"""
+
+        def script(connection: Asked, request: str) -> None:
+            if "late" in request:
+                connection.send(answer(b"x", length=10))
+            connection.reset()
+
+        server = Server(self, script)
+        for path in ("/early", "/late"):
+            self.assertEqual((await self.refused(server.url(path))).kind, "body")
+
+    async def test_redirections(self) -> None:
+        """W10: absolute, relative, without end, to files and nowhere."""
+
+        def script(connection: Asked, request: str) -> None:
+            path = request.split()[1]
+            target = {
+                "/absolute": f"http://localhost:{server.number}/good",
+                "/a/relative": "../good",
+                "/loop": "/loop",
+                "/file": "file:///etc/passwd",
+                "/gopher": "gopher://x/",
+                "/broken": "http://[",
+            }.get(path)
+            if path == "/good":
+                connection.send(answer(b"good"))
+            elif target is None:
+                connection.send(answer(status="302 Found"))
+            else:
+                connection.send(answer(status="301 Moved", Location=target))
+
+        server = Server(self, script)
+        for path in ("/absolute", "/a/relative"):
+            body, fetched = await self.fetch(server.url(path))
+            self.assertEqual(body, b"good")
+            self.assertTrue(fetched.head.url.endswith("/good"))
+        for path in ("/loop", "/file", "/gopher", "/nowhere", "/broken"):
+            self.assertEqual((await self.refused(server.url(path))).kind, "redirect", path)
+        self.assertLess(len(server.requests), 32)
+
+    async def test_credentials_stay_with_their_host(self) -> None:
+        """W11"""
+        other = Server(self, always(answer(b"good")))
+
+        def script(connection: Asked, request: str) -> None:
+            target = "/again" if "/first" in request else other.url()
+            connection.send(answer(status="307 Elsewhere", Location=target))
+
+        server = Server(self, script)
+        await self.fetch(server.url("/first", "me:secret@"))
+        self.assertEqual([("Basic" in request) for request in server.requests], [True, True])
+        self.assertNotIn("Authorization", other.requests[0])
+        self.assertNotIn("secret", other.requests[0])
+
+    async def test_too_much(self) -> None:
+        """Bombs and long bodies end where they should (substitutes §10.7)."""
+        bomb = gzip.compress(bytes(50 << 20))
+        server = Server(self, always(answer(bomb)))
+        error = await self.refused(server.url(), compression="gzip", limit=1 << 20)
+        self.assertEqual(error.kind, "limit")
+        body, fetched = await self.fetch(server.url(), compression="gzip")
+        self.assertEqual((len(body), fetched.received), (50 << 20, len(bomb)))
+        answers: dict[int, Answer] = {}
+        server.script = always(answer(bytes(2 << 20)))
+        await self.fetcher.lookup([server.url()], answers.__setitem__)
+        self.assertEqual(answers[0].kind, "limit")
+
+    async def test_parts(self) -> None:
+        """What was had before is left out, if it is still the same."""
+
+        def script(connection: Asked, request: str) -> None:
+            if 'If-Range: "tag"' in request and "Range: bytes=5-" in request:
+                fields = {"ETag": '"tag"', "Content_Range": "bytes 5-9/10"}
+                connection.send(answer(b"56789", status="206 Partial Content", **fields))
+            else:
+                connection.send(answer(b"0123456789", ETag='"new"'))
+
+        server = Server(self, script)
+        body, fetched = await self.fetch(server.url(), offset=5, validator='"tag"')
+        self.assertEqual((body, fetched.head.offset, fetched.head.size), (b"56789", 5, 10))
+        body, fetched = await self.fetch(server.url(), offset=5, validator='"old"')
+        self.assertEqual((body, fetched.head.offset), (b"0123456789", 0))
+        server.script = always(
+            answer(b"x", status="206 Partial Content", Content_Range="bytes 0-0/10")
+        )
+        self.assertEqual((await self.refused(server.url(), offset=5)).kind, "body")
+
+    async def test_servers_that_close_after_each_answer(self) -> None:
+        """U14: lookups go on over new connections."""
+
+        def script(connection: Asked, request: str) -> None:
+            connection.send(answer(request.split()[1].encode()))
+            connection.close()
+
+        server = Server(self, script)
+        answers: dict[int, Answer] = {}
+        await self.fetcher.lookup([server.url(f"/{n}") for n in range(40)], answers.__setitem__)
+        expected = {number: b"/%d" % number for number in range(40)}
+        self.assertEqual({number: each.body for number, each in answers.items()}, expected)
+
+    async def test_servers_that_are_not_there(self) -> None:
+        """Each lookup is answered, soon."""
+        answers: dict[int, Answer] = {}
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+            urls = [f"http://127.0.0.1:{port}/{number}" for number in range(50)]
+            await self.fetcher.lookup([*urls, "file:///etc/passwd"], answers.__setitem__)
+        self.assertEqual({a.kind for n, a in answers.items() if n < 50}, {"connect"})
+        self.assertEqual((len(answers), answers[50].kind), (51, "url"))
+
+
+class ConfinementTest(FetcherCase):
+    async def test_local_files(self) -> None:
+        """W22: not by URL, and the process has none at all."""
+        canary = temporary_directory(self, world_readable=True) + "/canary"
+        Path(canary).write_text("secret")
+        server = Server(self, always(answer(b"x")))
+        await self.fetch(server.url())
+        self.assertEqual((await self.refused(f"file://{canary}")).kind, "url")
+        if os.geteuid() == 0:
+            root = f"/proc/{self.fetcher.pid}/root"
+            self.assertFalse(os.path.exists(root + canary))
+            self.assertEqual(os.listdir(root), ["etc"])
+            self.assertEqual(os.statvfs(root).f_flag & os.ST_RDONLY, os.ST_RDONLY)
+
+    async def test_a_stopped_process_is_replaced(self) -> None:
+        self.patch(client, "SILENCE", 0.3)
+        asked: Deferred[None] = Deferred()
+        server = Server(self, lambda connection, _: asked.callback(None))
+        running = Deferred.fromCoroutine(self.fetch(server.url()))
+        await asked
+        stopped = self.fetcher.pid
+        os.kill(stopped, signal.SIGSTOP)
+        error = await self.assertFailure(running, FetchError)
+        self.assertEqual(error.kind, "fetcher")
+        server.script = always(answer(b"again"))
+        self.assertEqual((await self.fetch(server.url()))[0], b"again")
+        self.assertNotEqual(self.fetcher.pid, stopped)
+
+    async def test_lookups_survive_it(self) -> None:
+        """Those without an answer are asked again."""
+        killed: list[int] = []
+
+        def script(connection: Asked, request: str) -> None:
+            if not killed:
+                killed.append(self.fetcher.pid)
+                os.kill(self.fetcher.pid, signal.SIGKILL)
+            connection.send(answer(b"x"))
+
+        server = Server(self, script)
+        answers: dict[int, Answer] = {}
+        await self.fetcher.lookup([server.url()] * 30, answers.__setitem__)
+        self.assertEqual((len(answers), {a.body for a in answers.values()}), (30, {b"x"}))
+
+    async def test_stopping(self) -> None:
+        """All that runs fails, and nothing is left."""
+        asked: Deferred[None] = Deferred()
+        server = Server(self, lambda connection, _: asked.callback(None))
+        running = Deferred.fromCoroutine(self.fetch(server.url()))
+        await asked
+        pid = self.fetcher.pid
+        await self.fetcher.stop()
+        await self.assertFailure(running, FetchError)
+        self.assertFalse(os.path.exists(f"/proc/{pid}"))
+        read, write = os.pipe()
+        await self.assertFailure(self.fetcher.fetch(Request(server.url()), write), FetchError)
+        self.assertEqual(os.read(read, 1), b"")
+        os.close(read)
