@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 
 from guixd.errors import StoreError
 from guixd.store.descent import DIRECTORY_FLAGS
@@ -17,6 +18,8 @@ from guixd.store.removal import remove
 
 RUNNING = 0o1700
 """The mode of a tree whose build runs."""
+_OLD = 60
+"""Seconds in which who has made a tree has surely locked it."""
 _NAME = re.compile(r"guix-build-.+-[0-9]+")
 
 
@@ -56,8 +59,8 @@ def _remove_leftover(tree: str) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        # Who makes a tree puts something into it when it is locked, and not before.
-        if os.listdir(fd):
+        # Who makes a tree locks it before he puts something into it; he may be about to.
+        if os.listdir(fd) or status.st_mtime < time.time() - _OLD:
             remove(None, tree)
     finally:
         os.close(fd)

@@ -50,6 +50,17 @@ class LeftoverTests(DirectoryTestCase):
         self.assertEqual(sorted(os.listdir(self.directory)), before)
         self.assertEqual(os.listdir(outside), ["top"])
 
+    def test_empty(self) -> None:
+        """Trees that were not even filled go when they are old."""
+        tree = self.at("guix-build-a.drv-0")
+        os.mkdir(tree)
+        os.chmod(tree, RUNNING)
+        remove_leftovers(self.directory)
+        self.assertTrue(os.path.exists(tree))
+        os.utime(tree, (1, 1))
+        remove_leftovers(self.directory)
+        self.assertFalse(os.path.exists(tree))
+
     def test_foreign(self) -> None:
         """A user's directory is his own."""
         require(is_root(), "root")

@@ -104,9 +104,10 @@ class Rounds:
         self.site.start()
         await self.recover()
         await self.site.do(*self.scripts(1, 0))
+        await self.site.collect()
         self.site.inspect()
         self.site.forget_kept()
         left = self.site.leftovers()
         if left:
-            raise AssertionError(f"left of builds: {left}")
+            raise AssertionError(f"left over: {left}")
         self.site.end()

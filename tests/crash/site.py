@@ -20,10 +20,10 @@ from guixd.build.leftovers import RUNNING
 from guixd.client import Client, Disconnected, connect
 from guixd.formats.path import StoreDirectory
 from guixd.settings import Directories
-from tests.crash.inspection import problems
+from tests.crash.inspection import leftovers, problems
 from tests.crash.items import BUSYBOX, Items
 from tests.crash.nursery import Death, Nursery
-from tests.crash.work import Task, Work
+from tests.crash.work import DELETE_DEAD, Task, Work
 from tests.service.world import EndpointAs
 from tests.support import has_user_namespaces, is_root, requires, temporary_directory
 
@@ -159,6 +159,17 @@ class Site:
             if stat.S_IMODE(entry.stat().st_mode) != RUNNING:
                 shutil.rmtree(entry)
 
+    async def collect(self) -> None:
+        """Collect all garbage, when nobody else is connected."""
+        client = await self.client()
+        try:
+            await client.collect_garbage(DELETE_DEAD)
+        finally:
+            await client.close()
+
     def leftovers(self) -> list[str]:
-        """Return what is left of builds."""
-        return os.listdir(self.directories.temporary)
+        """Return what is left of builds, and of the store but for valid items."""
+        temporary = self.directories.temporary
+        # An empty one may be somebody's who is about to fill it.
+        builds = [name for name in os.listdir(temporary) if os.listdir(f"{temporary}/{name}")]
+        return [*builds, *leftovers(self.directories)]

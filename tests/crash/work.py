@@ -23,6 +23,7 @@ from tests.service.world import set_options
 Task: TypeAlias = Callable[[Client], Awaitable[None]]
 """One or a few requests; an error or a wrong reply is an exception."""
 
+DELETE_DEAD, DELETE_THESE = 2, 3
 BLOCK = 40_000
 """Bytes in which archives are sent."""
 
@@ -63,7 +64,8 @@ class Work:
         self._makers: tuple[Callable[[], Iterator[Task]], ...] = (
             self.small_texts, self.large_text, self.tree, self.stream, self.flat_file, self.roots,
             self.build, self.fixed_build, self.failing_build, self.checked_build,
-            self.repairing_build, self.optimise, self.verify, self.lose, self.forget, self.queries,
+            self.repairing_build, self.optimise, self.verify, self.lose, self.forget, self.collect,
+            self.delete, self.queries,
         )  # fmt: skip
 
     def script(self, length: int) -> list[Task]:
@@ -247,7 +249,7 @@ class Work:
 
         async def lose(client: Client) -> None:
             same(await client.add_text(name, b"lost"), path)
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)  # it may be lost since the last time
             await client.verify_store()
             same(await client.is_valid_path(path), False)
             same(await client.add_text(name, b"lost"), path)
@@ -267,6 +269,34 @@ class Work:
             same((await client.path_info(path)).nar_size, self._items.expected[path].nar_size)
 
         yield forget
+
+    def collect(self) -> Iterator[Task]:
+        """A collection, with what somebody else is just making dead at hand."""
+        yield from self.small_texts()
+
+        async def collect(client: Client) -> None:
+            await client.collect_garbage(DELETE_DEAD)
+
+        yield collect
+
+    def delete(self) -> Iterator[Task]:
+        """An item that is deleted by its name."""
+        name = self._name("deleted")
+        tree: Tree = {b"a": {b"b": File(self._shared())}}
+        path = self._items.tree(name, tree)
+
+        async def delete(client: Client) -> None:
+            same(await client.add_nar(name, [archive(tree)]), path)
+            gone = True
+            try:
+                await client.collect_garbage(DELETE_THESE, [path])
+            except RequestFailed as error:
+                # Somebody else may just be looking whether it can be shared.
+                gone = "still alive" not in error.text
+                same(gone, False)
+            same(await client.is_valid_path(path), not gone)
+
+        yield delete
 
     def roots(self) -> Iterator[Task]:
         name = self._name("root")
