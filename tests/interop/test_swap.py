@@ -61,9 +61,7 @@ class Course:
             self.optimise, self.add_more, self.delete, self.forget,
         ]  # fmt: skip
         for number, step in enumerate(steps):
-            collects = step in (self.collect, self.delete)
-            daemon = STOCK if collects else daemons[number % len(daemons)]
-            self.place.start(daemon, "--cache-failures")
+            self.place.start(daemons[number % len(daemons)], "--cache-failures")
             client = await self.client()
             try:
                 await step(client)
