@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, fail, succeed
 from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.internet.interfaces import IProcessProtocol, IReactorTime, IReactorUNIX
 from twisted.python.failure import Failure
@@ -15,8 +15,10 @@ from zope.interface import implementer
 from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest
 from guixd.client import Client, connect
+from guixd.errors import FetchError
 from guixd.formats.path import StoreDirectory
-from guixd.interfaces import IBuilder, ILauncher
+from guixd.interfaces import IBuilder, IFetcher, ILauncher
+from guixd.net.requests import Answer, Fetched, Head, Request
 from guixd.sandbox.spec import SandboxSpec
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.daemon import BuilderFactory, GuixdService
@@ -130,6 +132,64 @@ class FakeBuilder:
         for _, _, done in self.requests:
             if not done.called:
                 done.errback(CancelledError())
+        return succeed(None)
+
+
+@implementer(IFetcher)
+class FakeFetcher:
+    """Fetches from a dictionary.
+
+    :ivar bodies: what there is, by URL; other URLs are not found.
+    :ivar requests: the URLs that were asked for.
+    """
+
+    def __init__(self, bodies: Mapping[str, bytes] | None = None) -> None:
+        self.bodies = dict(bodies or {})
+        self.requests: list[str] = []
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def fetch(
+        self,
+        request: Request,
+        sink: int,
+        *,
+        head: Callable[[Head], None] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Deferred[Fetched]:
+        """Write the body into SINK, which must take it at once (64 KiB)."""
+        self.requests.append(request.url)
+        body = self.bodies.get(request.url)
+        with os.fdopen(sink, "wb") as pipe:
+            if body is None:
+                return fail(FetchError("http", "the server answers 404 Not Found", 404))
+            pipe.write(body[request.offset :])
+        left = len(body) - request.offset
+        begun = Head(request.url, len(body), request.offset, "", "")
+        if head is not None:
+            head(begun)
+        if progress is not None:
+            progress(left)
+        return succeed(Fetched(begun, left, left))
+
+    def lookup(
+        self,
+        urls: Sequence[str],
+        answered: Callable[[int, Answer], None],
+        *,
+        fields: Mapping[str, str] | None = None,
+        verify: bool = False,
+    ) -> Deferred[None]:
+        """Answer at once."""
+        for number, url in enumerate(urls):
+            self.requests.append(url)
+            body = self.bodies.get(url)
+            answered(number, Answer(404 if body is None else 200, body or b"", None))
+        return succeed(None)
+
+    def stop(self) -> Deferred[None]:
+        """Do nothing."""
         return succeed(None)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from guixd.sandbox import kernel
 
-WORK = "/work"
+WORK = "/checkout"
 """The working directory inside."""
 _SHOWN = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/gnu/store", "/nix/store",

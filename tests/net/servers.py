@@ -125,9 +125,7 @@ class FetcherCase(TestCase):
         self.addCleanup(fetcher.stop)
         return fetcher
 
-    async def fetch(
-        self, url: str, *, fetcher: Fetcher | None = None, **fields: Any
-    ) -> tuple[bytes, Fetched]:
+    async def fetch(self, url: str, *, fetcher: Any = None, **fields: Any) -> tuple[bytes, Fetched]:
         """Fetch URL; return its body and the result, or raise."""
         blocks: list[bytes] = []
         self.heads: list[Head] = []

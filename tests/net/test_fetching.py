@@ -7,9 +7,12 @@ import signal
 from pathlib import Path
 
 from twisted.internet.defer import Deferred
+from zope.interface.verify import verifyObject
 
 from guixd.errors import FetchError
+from guixd.interfaces import IFetcher
 from guixd.net.requests import Answer
+from guixd.testing import FakeFetcher
 from tests.net.servers import Asked, FetcherCase, Server, always, answer, unused_port
 
 
@@ -113,3 +116,23 @@ class ProcessTest(FetcherCase):
         self.assertEqual(error.kind, "fetcher")
         server.script = always(answer(b"again"))
         self.assertEqual((await self.fetch(server.url()))[0], b"again")
+
+
+class FakeTest(FetcherCase):
+    async def test_the_public_fake_is_like_the_real_one(self) -> None:
+        server = Server(self, always(answer(b"hello")))
+        missing = Server(self, always(answer(status="404 Not Found")))
+        fake = FakeFetcher({server.url(): b"hello"})
+        verifyObject(IFetcher, fake)
+        verifyObject(IFetcher, self.fetcher)
+        for url in (server.url(), missing.url()):
+            outcomes = []
+            for fetcher in (self.fetcher, fake):
+                answers: dict[int, Answer] = {}
+                await fetcher.lookup([url], answers.__setitem__)
+                try:
+                    body, fetched = await self.fetch(url, fetcher=fetcher)
+                    outcomes.append((answers, body, fetched))
+                except FetchError as error:
+                    outcomes.append((answers, error.kind, error.http_status))
+            self.assertEqual(*outcomes)

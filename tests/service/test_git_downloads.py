@@ -145,9 +145,9 @@ class GitTest(GitCase):
         self.assertIn("canary: ", text)
         self.assertNotIn("secret\n", text)
         shown = text.partition("root: ")[2].split(" home: ")[0].split()
-        usual = "bin dev etc gnu lib lib32 lib64 nix proc run sbin tmp usr work"
+        usual = "bin dev etc gnu lib lib32 lib64 nix proc run sbin tmp usr checkout"
         self.assertLess(set(shown), {f"/{name}" for name in usual.split(" ")})
-        self.assertIn("home: /work/home secret: \n", text)
+        self.assertIn("home: /checkout/home secret: \n", text)
         self.assertEqual(len(text.partition("processes: ")[2].splitlines()[0].split()), 3)
         self.assertNotIn("writes", text)
         self.assertNotIn("signals", text)
