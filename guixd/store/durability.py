@@ -6,7 +6,8 @@ the files.  So from time to time, in a thread, the file system of the store is f
 and a small file beside the database then tells up to which row the items have been, and
 in which run of the machine.  If the machine has been started anew since, the items
 behind that row are read before anybody is served, and those whose files have not come
-through become invalid: see `store.recovery`.
+through become invalid, as do all that are not there because a collection has come
+through only by half: see `store.recovery`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Flushed:
     """The name of the run of the machine in which this was found."""
     row: int
     """The number of the last item in the database then, 0 for none."""
+    closed: bool = False
+    """Whether the store was closed then, in good order."""
 
     @property
     def is_of_this_run(self) -> bool:
@@ -51,20 +54,21 @@ def boot_id() -> str:
 def read_flushed(directory: str) -> Flushed | None:
     """Return what is known of the database in DIRECTORY; `None` if that is nothing."""
     try:
-        boot, row = Path(directory, "flushed").read_text().split()
-        return Flushed(boot, int(row))
+        boot, row, *closed = Path(directory, "flushed").read_text().split()
+        return Flushed(boot, int(row), bool(closed))
     except (OSError, ValueError):
         return None
 
 
-def write_flushed(directory: str, row: int) -> None:
+def write_flushed(directory: str, row: int, *, closed: bool = False) -> None:
     """Note that all items up to ROW of the database in DIRECTORY are on disk.
 
+    :param closed: whether nobody of ours uses the store any more.
     Errors only mean that they are looked at again when the machine has stopped.
     """
     name = f"{directory}/flushed"
     try:
-        Path(f"{name}-{os.getpid()}").write_text(f"{boot_id()} {row}\n")
+        Path(f"{name}-{os.getpid()}").write_text(f"{boot_id()} {row}{' closed' * closed}\n")
         os.replace(f"{name}-{os.getpid()}", name)
     except OSError:
         pass
@@ -96,13 +100,10 @@ class Durability:
         self._queries = queries
         self.unsure_since: int | None = None
         flushed = read_flushed(queries.directory)
-        if flushed is None:
-            self.trust()  # it was not for us to flush
+        if flushed is None or flushed.closed:
+            self.trust()  # or it was not for us to flush
         elif not flushed.is_of_this_run:
-            if flushed.row < queries.last_row():
-                self.unsure_since = flushed.row
-            else:
-                self.trust()
+            self.unsure_since = flushed.row
 
     def trust(self) -> None:
         """Note that what was valid when the machine stopped is all right."""
@@ -110,15 +111,14 @@ class Durability:
         write_flushed(self._queries.directory, self._queries.last_row())
 
     def settle(self) -> None:
-        """Flush what has not been flushed; blocks, for the end.
+        """Flush all, for the end; blocks.
 
         :raises StoreError: something could not be written.
         """
-        queries = self._queries
-        flushed = read_flushed(queries.directory)
-        done = flushed is not None and flushed.row == queries.last_row()
-        if not done and self.unsure_since is None:
-            flush(queries.directory, queries.store)
+        if self.unsure_since is None:
+            row = self._queries.last_row()
+            self.settle_all()
+            write_flushed(self._queries.directory, row, closed=True)
 
     def settle_all(self) -> None:
         """Flush all items, and what was committed, for who wants that; blocks, for a thread.

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from guixd.formats.path import StorePath
-from guixd.store.verify import Verification, lost
+from guixd.store.verify import Verification, lost, missing
 
 if TYPE_CHECKING:
     from guixd.store.local import LocalStore
@@ -30,12 +30,15 @@ def find_damaged(store: LocalStore) -> list[StorePath]:
         return []
     queries = store.database.read_only_copy()
     try:
+        gone = missing(queries, store.directory)
         found = queries.items_since(since)
     finally:
         queries.close()
     rows = [row for row in found if store.directory.has_child(row.path)]
     findings = Verification(store.directory.path).check(rows)
-    return [finding.row.path for finding in findings if not finding.is_incomplete]
+    damaged = {finding.row.path for finding in findings if not finding.is_incomplete}
+    # Such as what a collection has removed, if only that has come to the disk.
+    return sorted(damaged.union(gone))
 
 
 def drop_damaged(store: LocalStore, damaged: Collection[StorePath]) -> list[StorePath]:

@@ -83,13 +83,23 @@ class RecoveryTests(DurabilityCase):
         self.assertFalse(is_needed(store))
         self.assertTrue(store.is_valid(path))
 
+    def test_collected(self) -> None:
+        """S16, G16: what was removed is not valid, though the commit has not come through."""
+        kept, gone = self.add("kept"), self.add("gone")
+        self.store.database.checkpoint()()
+        os.unlink(gone)
+        store = self.crash()
+        self.assertEqual(drop_damaged(store, find_damaged(store)), [gone])
+        self.assertEqual(store.database.all_valid_paths(), [kept])
+
     def test_closed(self) -> None:
-        """S16: nothing need be read after an orderly end, or in a store that others made."""
+        """S16: nothing need be looked at after an orderly end, or in a store of others."""
         self.add("x")
         self.store.close()
         flushed = Path(self.directories.database, "flushed")
         row = flushed.read_text().split()[1]
-        for text in (f"another-start {row}", "garbage", ""):
+        self.assertTrue(flushed.read_text().endswith(" closed\n"))
+        for text in (f"another-start {row} closed", "garbage", ""):
             flushed.write_text(text)
             store = self.open(durable=True)
             self.assertFalse(is_needed(store), text)
