@@ -46,6 +46,18 @@ class UidRange:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildLimits:
+    """What each build may use; 0 is "no limit"."""
+
+    memory: int = 0
+    """Bytes."""
+    processes: int = 0
+    """Threads count, too."""
+    cpu_weight: int = 0
+    """From 1 to 10000; 100 is what other groups have by default."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The options of the daemon, typed; times are in seconds, 0 is "no limit"."""
 
@@ -61,6 +73,9 @@ class Settings:
     timeout: int = 86400
     max_silent_time: int = 3600
     max_log_size: int = 0
+    build_limits: BuildLimits = BuildLimits()
+    min_free_disk: int = 0
+    """Bytes that must be free for a build to begin."""
     stop_timeout: int = 0
     """How long running builds may go on when the daemon is told to stop."""
     rounds: int = 1

@@ -7,15 +7,18 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
+from guixd.build.cgroups import Cgroups, Unavailable, own_place
 from guixd.build.chains import rank
 from guixd.build.claims import Claims
 from guixd.build.container import Host
+from guixd.build.diskspace import DiskSpace
 from guixd.build.download import DownloadTools
 from guixd.build.durations import Durations
 from guixd.build.goals import RequestRun
@@ -30,8 +33,10 @@ from guixd.build.workshop import Workshop
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
 from guixd.net.receiving import FetcherLike
-from guixd.settings import Settings
+from guixd.settings import BuildLimits, Settings
 from guixd.store.local import LocalStore
+
+_log = Logger()
 
 
 @implementer(IBuilder)
@@ -62,7 +67,15 @@ class Engine:
             tools = DownloadTools(reactor, threads, fetcher, store.directory, is_valid)
             builtins = Builtins(reactor, tools)
         self._workshop = Workshop(
-            reactor, threads, settings, store, launcher, self._users, Host.current(), builtins
+            reactor,
+            threads,
+            settings,
+            store,
+            launcher,
+            self._users,
+            Host.current(),
+            builtins,
+            _cgroups_of(settings.build_limits),
         )
         self._scheduler = Scheduler(self._limit)
         self._durations = Durations(
@@ -70,7 +83,9 @@ class Engine:
         )
         self._durations.load()
         self._claims = Claims()
-        self._common = Common(self._workshop, self._scheduler, self._claims, self._durations)
+        places = (settings.directories.store, settings.directories.temporary)
+        disk = DiskSpace(places, settings.min_free_disk)
+        self._common = Common(self._workshop, self._scheduler, self._claims, self._durations, disk)
         self._builds: dict[StorePath, SharedBuild] = {}
         self._ending: set[SharedBuild] = set()
         self._requests: set[Deferred[None]] = set()
@@ -183,3 +198,14 @@ class Engine:
         waiter: Deferred[None] = Deferred()
         build.ended.addCallback(lambda _: waiter.callback(None))
         return waiter
+
+
+def _cgroups_of(limits: BuildLimits) -> Cgroups | None:
+    """Return where builds get their control groups, if LIMITS ask for that and it is possible."""
+    if limits == BuildLimits():
+        return None
+    try:
+        return Cgroups(limits, own_place())
+    except (OSError, Unavailable) as error:
+        _log.error("builds have no limits of memory, processes or weight: {why}", why=str(error))
+        return None

@@ -13,6 +13,7 @@ from typing import Any
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import File, SandboxSpec
 
+_NEWCGROUP = 0x02000000
 Step = tuple[str, str, tuple[Any, ...]]
 """The name of a phase, a name in `guixd.sandbox.phases.CALLS`, and its arguments."""
 
@@ -20,6 +21,12 @@ Step = tuple[str, str, tuple[Any, ...]]
 def prepare(number: int, spec: SandboxSpec) -> bytes:
     """Return the program of the build NUMBER, marshalled for the same Python."""
     steps = _plain(spec) if spec.root is None else _container(spec, spec.root)
+    if spec.cgroup:
+        steps[:0] = [
+            ("control group", "write_file", (f"{spec.cgroup}/cgroup.procs", "0")),
+            # So that the builder does not see where in the tree it is.
+            ("control group", "unshare", (_NEWCGROUP,)),
+        ]
     environment = {_bytes(name): _bytes(value) for name, value in spec.environment}
     arguments = [_bytes(argument) for argument in spec.arguments]
     names = str(spec.program), str(spec.store)

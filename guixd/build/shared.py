@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -18,6 +19,7 @@ from guixd.build.attempt import Attempt
 from guixd.build.broadcast import Broadcast, Follower, Observer
 from guixd.build.claims import Claims
 from guixd.build.container import is_native
+from guixd.build.diskspace import LOOK, DiskSpace
 from guixd.build.durations import Durations
 from guixd.build.job import Job
 from guixd.build.patience import Patience
@@ -58,6 +60,7 @@ class Common:
     scheduler: Scheduler
     claims: Claims
     durations: Durations
+    disk: DiskSpace
 
 
 class SharedBuild:
@@ -207,9 +210,27 @@ class SharedBuild:
             if normal and self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             self._slot = await self._wait_for_slot()
+            if not await self._wait_for_disk():
+                return Result(Status.MISC_FAILURE, "the build daemon is stopping", general=True)
             return await self._build()
         finally:
+            self._vacate()
             claims.free(claimed)
+
+    async def _wait_for_disk(self) -> bool:
+        """Wait, with the slot, until enough of the disk is free; False if the daemon stops."""
+        told = False
+        while lack := self._common.disk.lack():
+            if self._common.scheduler.closed:
+                return False
+            if not told:
+                told = True
+                text = f"the build of `{self.path}' waits for disk space: {lack}"
+                self._broadcast.log(Level.ERROR, text)
+            self._waiting = deferLater(self._common.workshop.reactor, LOOK)
+            await self._waiting
+            self._waiting = None
+        return True
 
     async def _build(self) -> Result:
         workshop = self._workshop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.error import ProcessTerminated
@@ -19,6 +20,7 @@ from guixd.build.builtins import (
     refuse_builtin,
     runs_here,
 )
+from guixd.build.cgroups import Group
 from guixd.build.constraints import export_graphs
 from guixd.build.gitdownload import plan_checkout
 from guixd.build.job import Job
@@ -73,6 +75,7 @@ class Trial:
         self._git = is_git_download(job.drv)
         self._contained = self._here or (workshop.settings.use_chroot and not self._git)
         self._process: BuiltinProcess | None = None
+        self._group: Group | None = None
         self._finished = False
 
     async def run(self, finish: Finish) -> None:
@@ -192,6 +195,9 @@ class Trial:
             spec = plan_checkout(job, self._user, workspace.build_directory, shop.host)
         else:
             spec = self._spec(workspace, inputs)
+        if shop.cgroups is not None:
+            self._group = shop.cgroups.begin()
+            spec = replace(spec, cgroup=self._group.directory)
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
 
     async def _run_builder(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Failure:
@@ -245,7 +251,8 @@ class Trial:
             if self._contained:
                 with harvest:
                     await shop.threads(harvest.salvage)
-            raise builder_failed(job, reason.value, shop.settings.directories)
+            limit = self._group.verdict() if self._group is not None else ""
+            raise builder_failed(job, reason.value, shop.settings.directories, limit)
         try:
             with harvest:
                 await finish(harvest)
@@ -264,8 +271,17 @@ class Trial:
         store = self._shop.store.directory.path
         return Links(store, distrust=job.mode is BuildMode.REPAIR)
 
+    async def _end_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            try:
+                await self._shop.threads(group.end)
+            except OSError:
+                _log.failure("cannot remove {group}", group=group.directory)
+
     async def _clean_up(self, workspace: Workspace, keep: bool) -> None:
         job = self._job
+        await self._end_group()
         log = job.say.log_file
         if log is not None and self._ends:
             await log.settle()

@@ -17,8 +17,13 @@ DISK_FULL = 8 << 20
 """Free bytes below which a failure is put down to the disk."""
 
 
-def builder_failed(job: Job, reason: ProcessTerminated, directories: Directories) -> BuildFailure:
-    """Return what the failure of the builder of JOB, which ended for REASON, means."""
+def builder_failed(
+    job: Job, reason: ProcessTerminated, directories: Directories, limit: str = ""
+) -> BuildFailure:
+    """Return what the failure of the builder of JOB, which ended for REASON, means.
+
+    :param limit: which of the daemon's limits it met, in words; empty if none.
+    """
     if reason.signal is not None:
         name = signal.strsignal(reason.signal) or "unknown"
         end = f"failed due to signal {reason.signal} ({name})"
@@ -27,7 +32,9 @@ def builder_failed(job: Job, reason: ProcessTerminated, directories: Directories
     full = any(_disk_is_full(path) for path in (directories.store, directories.temporary))
     if full:
         job.say.log(Level.ERROR, "the disk is nearly full, which may be why the build failed")
-    transient = full or job.drv.has_fixed_outputs
+    if limit:
+        end += f": {limit}"
+    transient = full or bool(limit) or job.drv.has_fixed_outputs
     return BuildFailure(
         Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
         f"builder for `{job.path}' {end}",

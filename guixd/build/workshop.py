@@ -12,6 +12,7 @@ from twisted.internet.task import deferLater
 from guixd.build import container
 from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
+from guixd.build.cgroups import Cgroups
 from guixd.build.job import Interest
 from guixd.build.plan import BUSY_RETRY
 from guixd.build.threads import Threads
@@ -37,6 +38,8 @@ class Workshop:
     """`None` if builders run as the daemon's own user."""
     host: container.Host
     builtins: Builtins | None = None
+    cgroups: Cgroups | None = None
+    """`None` if builds have no limits."""
 
     def all_valid(self, drv: Derivation) -> bool:
         """Whether DRV has nothing left to build."""

@@ -251,7 +251,7 @@ def _lock_mounts(uid: int) -> None:
 
 
 _OF_OS = os.chdir, os.chmod, os.lchown, os.symlink
-_OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare
+_OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare, kernel.write_file
 _OWN = _bind, _die_with_zygote, _enter_root, _lock_mounts, _make_directory, _make_file, _mount_pts
 CALLS: Mapping[str, Callable[..., Any]] = {
     call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OWN, _pivot)

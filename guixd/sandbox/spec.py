@@ -92,3 +92,5 @@ class SandboxSpec:
     """If not empty: printed instead of running the builder, which then fails."""
     foreign_platform: str = ""
     """If not empty: printed when the kernel cannot run the builder (ENOEXEC)."""
+    cgroup: str = ""
+    """If not empty: the directory of the control group that the process enters."""

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from twisted.python import usage
@@ -13,7 +14,7 @@ from twisted.python import usage
 from guixd import __version__
 from guixd.errors import BadSetting
 from guixd.service.commandline import Option, UsageError, Value, help_lines, parse, usage_lines
-from guixd.settings import Directories, Settings, UidRange
+from guixd.settings import BuildLimits, Directories, Settings, UidRange
 
 PROGRAM = "guixd"
 STOCK_VERSION = "1.5.0"
@@ -52,6 +53,22 @@ OPTIONS: tuple[Option, ...] = (
     Option("isolate-host-loopback", help="hide the host's loopback from downloading builds"),
     Option("gc-keep-outputs", _optional, "yes|no", "keep outputs of live derivations"),
     Option("gc-keep-derivations", _optional, "yes|no", "keep derivations of live outputs"),
+    Option(
+        "build-memory", _required, "SIZE",
+        "memory that each build may use, such as 4G (guixd only; needs cgroup v2)",
+    ),
+    Option(
+        "build-processes", _required, "N",
+        "processes that each build may have (guixd only; needs cgroup v2)",
+    ),
+    Option(
+        "build-cpu-weight", _required, "N",
+        "weight of each build among processes, 1 to 10000, usual is 100 (guixd only; cgroup v2)",
+    ),
+    Option(
+        "min-free-disk", _required, "SIZE",
+        "begin builds only when so much disk is free, such as 10G (guixd only)",
+    ),
     Option(
         "stop-timeout", _required, "SECONDS",
         "when told to stop, let running builds go on for so long (guixd only)",
@@ -185,6 +202,33 @@ def _yes_or_no(name: str, field: str) -> _Effect:
     return lambda chosen, text: chosen.update({field: _boolean(name, text)})
 
 
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = range(2**63)
+
+
+def _number_with_unit(name: str, text: str) -> int:
+    """Read a number of bytes, KiB (`K`), MiB (`M`), GiB (`G`) or TiB (`T`)."""
+    digits = text.rstrip("KMGT")
+    unit = text[len(digits) :]
+    if unit not in _UNITS or not digits:
+        raise BadSetting(f"option '--{name}' should be a size such as 500M or 4G")
+    number = _number(name, digits) << _UNITS[unit]
+    if number not in _SIZE:
+        raise BadSetting(f"option '--{name}' is too large")
+    return number
+
+
+def _limit(name: str, field: str, allowed: range) -> _Effect:
+    def effect(chosen: dict[str, Any], text: str) -> None:
+        number = _number_with_unit(name, text) if allowed is _SIZE else _number(name, text)
+        if number not in allowed:
+            raise BadSetting(f"option '--{name}' must be less than {allowed.stop}")
+        limits = chosen.get("build_limits", BuildLimits())
+        chosen["build_limits"] = replace(limits, **{field: number})
+
+    return effect
+
+
 def _rounds(chosen: dict[str, Any], text: str) -> None:
     try:
         chosen["rounds"] = max(1, _number("rounds", text))
@@ -251,6 +295,12 @@ _EFFECTS: dict[str, _Effect] = {
     "max-connections-per-user": _integer("max-connections-per-user", "max_connections_per_user"),
     "greeting-timeout": _integer("greeting-timeout", "greeting_timeout"),
     "idle-timeout": _integer("idle-timeout", "idle_timeout"),
+    "build-memory": _limit("build-memory", "memory", _SIZE),
+    "build-processes": _limit("build-processes", "processes", range(2**31)),
+    "build-cpu-weight": _limit("build-cpu-weight", "cpu_weight", range(10_001)),
+    "min-free-disk": lambda chosen, text: chosen.update(
+        min_free_disk=_number_with_unit("min-free-disk", text)
+    ),
     "stop-timeout": _integer("stop-timeout", "stop_timeout"),
     "debug": _flag("debug", True),
 }

@@ -1,0 +1,199 @@
+"""Limits that the administrator sets: memory, processes, weight, free disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from guixd.build import diskspace
+from guixd.build.cgroups import Cgroups, Group, Place, Unavailable, own_place
+from guixd.errors import BuildError
+from guixd.settings import BuildLimits
+from tests.build.graph import Recorder, World
+from tests.build.test_goals import Fake
+from tests.support import is_root, requires, temporary_directory
+
+
+def _place() -> Place | None:
+    try:
+        return own_place() if is_root() else None
+    except Unavailable:
+        return None
+
+
+@cache
+def _has_controllers() -> bool:
+    place = _place()
+    if place is None:
+        return False
+    found = Path(place.directory, "cgroup.controllers").read_text().split()
+    return {"memory", "pids", "cpu"} <= set(found)
+
+
+requires_cgroups = requires(lambda: _place() is not None, "root and cgroup v2")
+requires_controllers = requires(
+    _has_controllers, "root and cgroup v2 with the controllers memory, pids and cpu"
+)
+
+
+class PlaceTests(SynchronousTestCase):
+    """Where our part of the tree is."""
+
+    def place(self, cgroup: str, mounts: str) -> Place:
+        process = temporary_directory(self)
+        Path(process, "cgroup").write_text(cgroup)
+        Path(process, "mountinfo").write_text(mounts)
+        return own_place(process)
+
+    def test_places(self) -> None:
+        """A service has a part of the tree, a container often the root of what it sees."""
+        mount = "30 23 0:26 {} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
+        other = "23 1 8:1 / / rw - ext4 /dev/sda rw\n"
+        service = self.place("0::/system.slice/guixd.service\n", other + mount.format("/"))
+        self.assertEqual(service, Place("/sys/fs/cgroup/system.slice/guixd.service", False))
+        container = self.place("1:cpu:/x\n0::/\n", mount.format("/"))
+        self.assertEqual(container, Place("/sys/fs/cgroup", True))
+        within = self.place("0::/machine/x/y\n", mount.format("/machine/x"))
+        self.assertEqual(within, Place("/sys/fs/cgroup/y", False))
+
+    def test_none(self) -> None:
+        """Without version 2 there are no limits, and it is said why."""
+        for cgroup, mounts in (("1:cpu:/x\n", ""), ("0::/\n", "1 2 0:1 / / rw - tmpfs t rw\n")):
+            with self.assertRaisesRegex(Unavailable, "version 2"):
+                self.place(cgroup, mounts)
+
+
+class TreeTests(SynchronousTestCase):
+    """What is written where, in a directory that stands for the kernel's."""
+
+    def setUp(self) -> None:
+        self.top = Path(temporary_directory(self))
+        (self.top / "cgroup.controllers").write_text("cpu memory pids\n")
+        (self.top / "cgroup.procs").write_text(f"1\n{os.getpid()}\n")
+        (self.top / "cgroup.subtree_control").write_text("")
+        (self.top / "guixd-daemon").mkdir()
+        (self.top / "guixd-daemon/cgroup.procs").write_text("")
+
+    def test_own_processes(self) -> None:
+        """Only our processes move to the leaf; only controllers that are needed are enabled."""
+        Cgroups(BuildLimits(memory=1, cpu_weight=5), Place(str(self.top), False))
+        procs = (self.top / "guixd-daemon/cgroup.procs").read_text()
+        self.assertEqual(procs, str(os.getpid()))
+        enabled = (self.top / "cgroup.subtree_control").read_text()
+        self.assertEqual(enabled, "+memory +cpu")
+
+    def test_missing_controller(self) -> None:
+        """A controller that was not delegated is named."""
+        (self.top / "cgroup.controllers").write_text("cpu\n")
+        with self.assertRaisesRegex(Unavailable, "memory, pids are not available"):
+            Cgroups(BuildLimits(memory=1, processes=1), Place(str(self.top), False))
+
+    def test_verdict(self) -> None:
+        """What the kernel counted is put into words."""
+        group = Group(str(self.top), BuildLimits(memory=4096, processes=7))
+        self.assertEqual(group.verdict(), "")
+        (self.top / "pids.events").write_text("max 3\n")
+        self.assertIn("more than the 7 processes", group.verdict())
+        (self.top / "memory.events").write_text("low 0\noom 1\noom_kill 0\n")
+        self.assertIn("more than the 7 processes", group.verdict())
+        (self.top / "memory.events").write_text("low 0\noom 1\noom_kill 2\n")
+        self.assertIn("more memory than the 4096 bytes", group.verdict())
+
+
+@requires_cgroups
+class EndTests(SynchronousTestCase):
+    """The end of a group, by the kernel."""
+
+    def test_end(self) -> None:
+        """All processes of a group are killed, and it is removed; twice is no error."""
+        place = _place()
+        assert place is not None
+        group = Group(f"{place.directory}/guixd-build-test-{os.getpid()}", BuildLimits())
+        os.mkdir(group.directory)
+        self.addCleanup(group.end)
+        join = f'echo 0 > {group.directory}/cgroup.procs; echo in; trap "" TERM; sleep 1000 & wait'
+        with subprocess.Popen(["sh", "-c", join], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), b"in\n")
+            group.end()
+            self.assertEqual(process.wait(), -signal.SIGKILL)
+        self.assertFalse(os.path.exists(group.directory))
+        group.end()
+
+
+@requires_controllers
+class RealTests(TestCase):
+    """Builders that meet their limits."""
+
+    async def fails(self, script: str, limits: BuildLimits) -> str:
+        world = World(self, build_limits=limits)
+        observer = Recorder()
+        drv = world.derive("a", script)
+        building = world.build(drv, observer=observer)
+        building.addErrback(lambda failure: failure.trap(BuildError) and None)
+        await building
+        self.assertEqual(world.leftovers(), [])
+        place = _place()
+        assert place is not None
+        self.assertEqual([n for n in os.listdir(place.directory) if "guixd-build" in n], [])
+        return "\n".join(observer.logs)
+
+    async def test_memory(self) -> None:
+        """A builder that needs too much memory is killed, and its client reads why."""
+        said = await self.fails("x=x; while :; do x=$x$x; done", BuildLimits(memory=32 << 20))
+        self.assertIn("more memory than the 33554432 bytes", said)
+
+    async def test_processes(self) -> None:
+        """A builder that starts too many processes fails, and its client reads why."""
+        script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 9 & done; exit 3"
+        self.assertIn(
+            "more than the 5 processes", await self.fails(script, BuildLimits(processes=5))
+        )
+
+    async def test_weight(self) -> None:
+        """The weight is the kernel's, and the builder does not see where it is."""
+        world = World(self, build_limits=BuildLimits(cpu_weight=7))
+        drv = world.derive("a", "cat /proc/self/cgroup > $out")
+        await world.build(drv)
+        self.assertIn("0::/\n", Path(world.output(drv)).read_text())
+
+
+class DiskTests(Fake):
+    """B36: a minimum of free disk."""
+
+    def test_wait(self) -> None:
+        """B36: below the minimum a build waits, its client is told, and it begins later."""
+        world, observer = self.world, Recorder()
+        space = world.engine._common.disk
+        space._least = 1 << 62
+        drv = world.derive("a")
+        building = world.build(drv, observer=observer)
+        self.assertEqual(self.launcher.names, [])
+        self.assertIn("waits for disk space", observer.logs[0])
+        self.assertIn("--min-free-disk", observer.logs[0])
+        self.clock.advance(diskspace.LOOK)
+        self.assertEqual((self.launcher.names, len(observer.logs)), ([], 1))
+        space._least = 1
+        self.clock.advance(diskspace.LOOK)
+        self.launcher["a"].finish()
+        self.successResultOf(building)
+
+    def test_given_up(self) -> None:
+        """B8, O20: who leaves, or a daemon that stops, ends the wait and frees the slot."""
+        world = self.world
+        world.engine._common.disk._least = 1 << 62
+        one = world.build(world.derive("a"))
+        self.assertEqual(world.engine._scheduler.running, 1)
+        one.cancel()
+        one.addErrback(lambda _: None)
+        self.assertEqual(world.engine._scheduler.running, 0)
+        two = world.build(world.derive("b"))
+        world.engine.close()
+        self.clock.advance(diskspace.LOOK)
+        self.assertIn("stopping", self.error(two).text)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
