@@ -30,6 +30,8 @@ _BOOT = (
     "import sys; sys.path[:] = sys.argv[2:]; "
     "from guixd.net.fetcher import main; main(int(sys.argv[1]))"
 )
+WATCHED = ("/etc/resolv.conf", "/etc/hosts")
+"""Files of which the helper has a copy; when they change an idle one is replaced."""
 _URLS_AT_ONCE = 200
 _KEPT_VARIABLES = ("PATH", "SSL_CERT_FILE", "LANG", "TZ")
 _LOST = "the process that downloads has died"
@@ -87,6 +89,7 @@ class Fetcher:
         self._asked = False
         self._broken = ""
         self._stopped = False
+        self._resolver: object = None
         self.compressions: tuple[str, ...] = ()
 
     @property
@@ -99,8 +102,13 @@ class Fetcher:
 
         :raises OSError: it cannot be started.
         """
-        if self._channel is not None or self._stopped:
+        if self._stopped:
             return
+        if self._channel is not None:
+            if self._jobs or self._resolver == _resolver_now():
+                return
+            self._retire()
+        self._resolver = _resolver_now()
         ours, theirs = pair()
         with theirs:
             environ = {
@@ -111,7 +119,7 @@ class Fetcher:
             except OSError:
                 ours.close()
                 raise
-        ended: Deferred[None] = Deferred()
+        ended, before = Deferred[None](), self._ended
 
         def reap() -> None:
             process.wait()
@@ -120,11 +128,19 @@ class Fetcher:
                 self._lost()
             ended.callback(None)
 
-        self._process, self._ended, self._broken = process, ended, ""
+        self._process, self._broken = process, ""
+        self._ended = ended.addCallback(lambda _: before)
         Death(self._reactor, process.pid, reap)
         self._channel = Channel(self._reactor, ours, self._received, process.kill)
         proxies = self._proxies
         self._channel.send(["proxies", proxies.http, proxies.https, list(proxies.exceptions)])
+
+    def _retire(self) -> None:
+        """Let the helper go, as it does not know how this machine finds names now."""
+        channel, self._channel = self._channel, None
+        self._process = None
+        if channel is not None:
+            channel.close()
 
     def fetch(
         self,
@@ -331,6 +347,19 @@ class Fetcher:
             _log.failure("cannot start the process that downloads")
             return False
         return True
+
+
+def _resolver_now() -> object:
+    """Return what differs when the files that name servers have changed."""
+    return [_state(name) for name in WATCHED]
+
+
+def _state(name: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(name)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _head(told: dict[str, Any]) -> Head:

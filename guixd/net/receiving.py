@@ -95,7 +95,12 @@ async def receive(
     pipe.ended.addErrback(stopped)
     fetching = fetcher.fetch(request, write_end, head=began, progress=progress)
     try:
-        fetched = await fetching
+        try:
+            fetched = await fetching
+        except FetchError:
+            if pipe.started and not problem:
+                await pipe.ended  # What had come is good to go on from.
+            raise
         await pipe.ended
     except BaseException:
         await pipe.close()
@@ -112,6 +117,7 @@ class _Pipe:
     """The reading end.
 
     :ivar ended: fires at the end of the data when all is consumed, or fails.
+    :ivar started: whether it is read.
     :ivar taken: how many bytes were consumed.
     """
 
@@ -128,6 +134,7 @@ class _Pipe:
         self._descriptor = descriptor
         self._consume = consume
         self.taken = 0
+        self.started = False
         self._step: Deferred[Any] | None = None
         self._closing: Deferred[None] | None = None
         self._open = True
@@ -135,6 +142,7 @@ class _Pipe:
     def start(self) -> None:
         """Begin to read."""
         if self._open:
+            self.started = True
             self._reactor.addReader(self)
 
     def give_up(self) -> None:

@@ -242,6 +242,21 @@ class ConfinementTest(FetcherCase):
         self.assertEqual((await self.fetch(server.url()))[0], b"again")
         self.assertNotEqual(self.fetcher.pid, stopped)
 
+    async def test_other_name_servers(self) -> None:
+        """A process that knows the old ones only is replaced, when it is idle."""
+        file = temporary_directory(self) + "/resolv.conf"
+        self.patch(client, "WATCHED", (file,))
+        server = Server(self, always(answer(b"x")))
+        await self.fetch(server.url())
+        first = self.fetcher.pid
+        await self.fetch(server.url())
+        self.assertEqual(self.fetcher.pid, first)
+        Path(file).touch()
+        await self.fetch(server.url())
+        self.assertNotEqual(self.fetcher.pid, first)
+        await self.fetcher.stop()
+        self.assertFalse(os.path.exists(f"/proc/{first}"))
+
     async def test_lookups_survive_it(self) -> None:
         """Those without an answer are asked again."""
         killed: list[int] = []
