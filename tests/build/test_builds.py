@@ -14,7 +14,6 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
-from twisted.internet.utils import getProcessValue
 
 from guixd.build.logs import log_file
 from guixd.errors import BuildError
@@ -527,16 +526,3 @@ class LogTests(TestCase):
         await world.build(world.derive("log"), observer=observer)
         self.assertIn(f" - {world.settings.system}  ", observer.traces[0])
         self.assertFalse(os.path.lexists(world.settings.directories.log + "/drvs"))
-
-    async def test_flushed(self) -> None:
-        """B29: what a builder has written can be read while it still runs."""
-        world, observer = World(self), Recorder()
-        drv = world.derive("log", "echo early; sleep 1000")
-        building = world.build(drv, observer=observer)
-        await observer.seen("early\n")
-        path = log_file(world.settings.directories.log, drv, "gzip")
-        zcat = 'until zcat "$1" 2>/dev/null | grep -q early; do sleep 0.1; done'
-        self.assertEqual(await getProcessValue("/bin/sh", ["-c", zcat, "sh", path]), 0)
-        building.cancel()
-        with self.assertRaises(CancelledError):
-            await building
