@@ -18,6 +18,7 @@ from zope.interface import implementer
 
 from guixd.build.download import Download, DownloadTools
 from guixd.build.job import Job
+from guixd.build.narfallback import fetch_nar
 from guixd.build.outputs import Known
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.derivation import Derivation
@@ -149,6 +150,13 @@ class Builtins:
         self._reactor = reactor
         self._tools = tools
         self._number = FIRST_NUMBER
+
+    async def fetch_nar(self, job: Job, directory: str) -> bool:
+        """Restore the only output of JOB in DIRECTORY, see `narfallback.fetch_nar`."""
+        path = job.drv.outputs["out"].path
+        return await fetch_nar(
+            self._tools, path, directory, lambda text: job.say.output(text.encode())
+        )
 
     def spawn(
         self, protocol: Any, job: Job, directory: str, hash_parts: Iterable[str]

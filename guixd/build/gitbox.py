@@ -51,6 +51,9 @@ def main(text: str) -> NoReturn:
     working directory), `boxed` (whether it may not go on without a box).
     """
     order: dict[str, Any] = json.loads(text)
+    if not order["git"]:
+        print("not trying Git, which is not there or not wanted", flush=True)
+        sys.exit(1)
     os.umask(0o022)
     where = os.getcwd()
     try:

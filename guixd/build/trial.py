@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.error import ProcessTerminated
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -22,7 +23,7 @@ from guixd.build.builtins import (
 )
 from guixd.build.cgroups import Group
 from guixd.build.constraints import export_graphs
-from guixd.build.gitdownload import plan_checkout
+from guixd.build.gitdownload import plan_checkout, read_commit
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
 from guixd.build.request import BuildMode, Level
@@ -76,6 +77,7 @@ class Trial:
         self._contained = self._here or (workshop.settings.use_chroot and not self._git)
         self._process: BuiltinProcess | None = None
         self._group: Group | None = None
+        self._fallback = ""
         self._finished = False
 
     async def run(self, finish: Finish) -> None:
@@ -107,6 +109,8 @@ class Trial:
                 await killing
             job.interest.check()
             reason = await self._run_builder(workspace, inputs)
+            if self._git and isinstance(reason.value, ProcessTerminated):
+                reason = await self._fall_back(reason)
             await self._harvest(workspace, inputs, reason, finish)
             self._finished = True
         except (BuildFailure, GuixdError, OSError):
@@ -222,6 +226,20 @@ class Trial:
             raise timed_out(job.path, builder.expired)
         return reason
 
+    async def _fall_back(self, reason: Failure) -> Failure:
+        """Get elsewhere what Git could not; return REASON if that does not work either."""
+        job, builtins = self._job, self._shop.builtins
+        if builtins is None or "nar" not in read_commit(job.drv).methods:
+            return reason
+        directory = f"{self._private}/nar"
+        os.makedirs(directory, 0o700)
+        os.chmod(self._private, 0o700)
+        start = Deferred.fromCoroutine
+        if not await job.interest.wait(lambda: start(builtins.fetch_nar(job, directory))):
+            return reason
+        self._fallback = directory
+        return Failure(ProcessDone(0))  # type: ignore[no-untyped-call]
+
     # --- after its end ----------------------------------------------------------------
 
     async def _harvest(
@@ -233,15 +251,14 @@ class Trial:
     ) -> None:
         shop, job = self._shop, self._job
         store = shop.store.directory.path
+        own = self._here or bool(self._fallback)  # made by the daemon itself
         harvest = Harvest(
             drv=job.drv,
             store=store,
             private=self._private,
-            open_source=(
-                workspace.open_build if self._git else lambda: workspace.open_store(store)
-            ),
-            fresh=not self._here and (not self._contained or job.drv.has_fixed_outputs),
-            owner=self._user.uid if self._user is not None else None,
+            open_source=lambda: self._open_source(workspace),
+            fresh=not own and (not self._contained or job.drv.has_fixed_outputs),
+            owner=self._user.uid if self._user is not None and not own else None,
             targets=self._targets,
             candidates=inputs | set(job.drv.output_paths),
             links=self._links(),
@@ -262,6 +279,14 @@ class Trial:
             for line in harvest.mismatches:
                 job.say.trace(line)
             raise
+
+    def _open_source(self, workspace: Workspace) -> int:
+        """Return a descriptor of the directory that has the outputs."""
+        if self._fallback:
+            return os.open(self._fallback, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._git:
+            return workspace.open_build()
+        return workspace.open_store(self._shop.store.directory.path)
 
     def _links(self) -> Links | None:
         """Return what shares files of outputs that are to be kept."""

@@ -11,9 +11,12 @@ from twisted.internet import reactor
 from twisted.web.server import Site
 from twisted.web.static import File
 
+from guixd.build import narfallback
 from guixd.client import nar_of_tree
 from guixd.settings import UidRange
 from guixd.testing import TemporaryDaemon
+from tests.net.servers import Asked, Server, answer
+from tests.net.test_codecs import lzip
 from tests.service.downloads import DownloadCase
 from tests.support import require
 
@@ -30,6 +33,7 @@ class GitCase(DownloadCase):
     def setUp(self) -> None:
         require(shutil.which("git") is not None, "git")
         super().setUp()
+        self.patch(narfallback, "SERVERS", ())
         self.top = Path(self.directory, "repositories")
         self.top.mkdir()
         port = reactor.listenTCP(0, Site(File(str(self.top))), interface="127.0.0.1")
@@ -117,6 +121,45 @@ class GitTest(GitCase):
                 self.assertEqual(status, 1)
                 self.assertIn("transport 'file' not allowed", text)
                 self.assertFalse(os.path.exists(out))
+
+    async def test_archives_elsewhere(self) -> None:
+        """W20: with lzip, plain, wrong and hostile ones; not if that is not wanted."""
+        first = self.repository("one")
+        good = self.wanted("one", first)
+        bodies: dict[str, bytes] = {}
+
+        def script(connection: Asked, request: str) -> None:
+            path = request.split()[1].rpartition("/")[0]
+            body = bodies.get(path)
+            connection.send(answer(status="404 No") if body is None else answer(body))
+
+        server = Server(self, script)
+        self.patch(narfallback, "SERVERS", (server.url("/a"), server.url("/b")))
+        client = await self.client()
+        traversal = good.replace(b"text", b"..", 1)
+        for number, chosen in enumerate(
+            (
+                {"/a/nar/lzip": lzip(good)},
+                {"/b/nar": good},
+                {"/a/nar/lzip": b"nonsense", "/b/nar/lzip": lzip(traversal), "/a/nar": good},
+            )
+        ):
+            bodies = chosen
+            drv, out = await self.derive_git(client, good, "none", name=f"n{number}", commit="v1")
+            await client.build_paths([drv])
+            self.assertEqual(Path(out, "text").read_text(), "first\n")
+        bodies = {"/a/nar": good[:-8], "/b/nar": good.replace(b"first", b"other")}
+        drv, out = await self.derive_git(client, good, "none", name="w", commit="v1")
+        status, text = await self.failure(client, drv)
+        self.assertEqual(status, 1)
+        self.assertIn("hash mismatch", text)
+        self.assertFalse(os.path.exists(out))
+        before = len(server.requests)
+        drv, _ = await self.derive_git(
+            client, good, "none", name="u", commit="v1", download_methods="(upstream)"
+        )
+        self.assertEqual((await self.failure(client, drv))[0], 1)
+        self.assertEqual(len(server.requests), before)
 
     async def test_what_git_can_see(self) -> None:
         """W19, W22: nothing of the machine but programs, and nobody's processes."""
