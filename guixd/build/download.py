@@ -184,7 +184,7 @@ class Download:
         """Fetch URL into DRAFT; return whether it is complete."""
         shown = masked(url)
         self._say(f"\nstarting download of {inputs.output.path}\nfrom {shown}\n")
-        if check_url(url) not in SCHEMES[:2]:
+        if check_url(url) not in SCHEMES:
             self._say(f"URLs of type '{check_url(url)}' are not supported\n")
             return False
         request = Request(url)

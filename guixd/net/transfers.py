@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IDelayedCall
+from twisted.python.failure import Failure
 
 from guixd.errors import FetchError
 from guixd.net.codecs import BadData, decoder
 from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
 from guixd.net.endpoints import basic, refusal
+from guixd.net.ftp import retrieve
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
 from guixd.net.requests import Fetched, Head, Request
@@ -211,6 +213,9 @@ class Transfer:
         user = urlsplit(url)
         for _ in range(request.redirects + 1):
             parts = split_url(url, request.schemes)
+            if parts.scheme == "ftp":
+                body, answer = await self._get_by_ftp(parts)
+                return body, answer, without_user(parts)
             way = Way.to(parts, self._proxies.proxy_for(url), request.verify)
             body, answer = await self._get(way, parts, self._fields(way, parts, user))
             bare = without_user(parts)
@@ -273,6 +278,26 @@ class Transfer:
             except BaseException:
                 body.abort()
                 raise
+
+    async def _get_by_ftp(self, parts: SplitResult) -> tuple[Body, ResponseHead]:
+        body = self._body = Body(self._reactor, b"", self._request.idle_timeout)
+        timeout = self._request.connect_timeout
+        running = Deferred.fromCoroutine(
+            retrieve(self._reactor, parts, body, timeout=timeout, started=body.watch)
+        )
+
+        def failed(failure: Failure) -> None:
+            error: Any = failure.value
+            if not isinstance(error, CancelledError):
+                text = f"{type(error).__name__}: {error}"
+                body.failed(error if isinstance(error, FetchError) else FetchError("body", text))
+
+        running.addErrback(failed)
+        try:
+            return body, await body.begun
+        except BaseException:
+            running.cancel()
+            raise
 
     def _check_status(self, answer: ResponseHead, way: Way) -> None:
         if answer.status == 200 or (answer.status == 206 and self._request.offset):
