@@ -15,10 +15,11 @@ from twisted.trial.unittest import TestCase
 from guixd.client import Client, Disconnected, RequestFailed, connect, nar_of_tree
 from guixd.errors import BuildError, GuixdError, ProtocolError, StoreError
 from guixd.formats import operations as op
-from guixd.formats.messages import Greeting
+from guixd.formats.messages import Greeting, encode_write
 from guixd.formats.nar import nar_of_file
 from guixd.formats.operations import encode_reply
 from guixd.formats.path import StoreDirectory, StorePath
+from guixd.service.answers import Answers
 from guixd.service.connection import Connection
 from guixd.service.listener import Listener
 from tests.service.peers import Recorder, asynchronous
@@ -263,14 +264,16 @@ class Clients(TestCase):
 
         async def export(operation: op.ExportPath) -> bytes:
             for piece in (b"abc", b"", b"def"):
-                self.daemon.sessions[0].connection.write(piece)
+                self.daemon.sessions[0].connection.send(encode_write(piece))
             return encode_reply(operation, None)
 
         got: list[bytes] = []
 
         async def import_(operation: op.ImportPaths) -> bytes:
-            while data := await self.daemon.sessions[0].connection.read_some(4):
+            answers = Answers(self.daemon.sessions[0].connection)
+            while data := await answers.take():
                 got.append(data)
+            await answers.finish()
             return encode_reply(operation, (HELLO,))
 
         self.daemon.answers[op.ExportPath] = export
@@ -279,8 +282,9 @@ class Clients(TestCase):
         pieces: list[bytes] = []
         await client.export_path(HELLO, pieces.append)
         self.assertEqual(b"".join(pieces), b"abcdef")
-        self.assertEqual(await client.import_paths([b"abcdef", b"", b"gh"]), (HELLO,))
-        self.assertEqual(got, [b"abcd", b"ef", b"gh"])
+        large = bytes(40000)
+        self.assertEqual(await client.import_paths([b"ab", b"", large, b"gh"]), (HELLO,))
+        self.assertEqual(b"".join(got), b"ab" + large + b"gh")
 
 
 class Trees(TestCase):

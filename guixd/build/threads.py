@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 T = TypeVar("T")
@@ -26,6 +27,27 @@ def pool_threads(reactor: IReactorFromThreads, pool: ThreadPool) -> Threads:
         return deferToThreadPool(reactor, pool, function, *args)
 
     return call
+
+
+async def to_the_end(running: Deferred[T]) -> T:
+    """Wait until RUNNING, what a thread does, has ended, even if the caller is cancelled.
+
+    :raises CancelledError: he was, and the thread has ended now.
+    """
+    result: Deferred[T] = Deferred()
+    ended: Deferred[None] = Deferred()
+
+    def finished(outcome: T | Failure) -> None:
+        if not result.called:
+            result.callback(outcome)
+        ended.callback(None)
+
+    running.addBoth(finished)
+    try:
+        return await result
+    except CancelledError:
+        await ended
+        raise
 
 
 def inline(function: Callable[..., T], /, *args: Any) -> Deferred[T]:

@@ -156,6 +156,11 @@ class NarParser:
         self._block = b""
         self._view = memoryview(b"")
 
+    @property
+    def contents_left(self) -> int:
+        """How many bytes of the current file are still to come, at least."""
+        return self._left
+
     def feed(self, data: bytes | bytearray | memoryview) -> int:
         """Parse DATA and return how many of its bytes belong to the archive.
 

@@ -1,4 +1,4 @@
-"""Requests about options, temporary roots and failures, and those that are not served yet."""
+"""Requests about options, temporary roots and failures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from twisted.internet.task import deferLater
 
 from guixd.build.request import Level
-from guixd.errors import BadSetting, NotInStore, UnsupportedOperation
+from guixd.errors import BadSetting, NotInStore
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
 
@@ -41,15 +41,8 @@ async def clear_failed_paths(session: Session, request: op.ClearFailedPaths) -> 
         await session.when_free(partial(session.store.database.clear_failed, words))
 
 
-def not_yet(_session: Session, request: object) -> None:
-    name = type(request).__name__
-    raise UnsupportedOperation(f"{name} is not supported by this version of guixd yet")
-
-
 HANDLERS: Handlers = {
     op.SetOptions: set_options,
     op.AddTempRoot: add_temp_root,
     op.ClearFailedPaths: clear_failed_paths,
-    op.ExportPath: not_yet,
-    op.ImportPaths: not_yet,
 }

@@ -25,12 +25,10 @@ from guixd.formats.messages import (
     ServerHandshake,
     encode_error,
     encode_next,
-    encode_read,
-    encode_write,
 )
 from guixd.formats.operations import CollectGarbage, Operation, Requests
 from guixd.formats.path import StoreDirectory
-from guixd.formats.wire import MORE, Bytes, Data, Source
+from guixd.formats.wire import MORE, Data, Source
 from guixd.service.contract import Peer as Peer
 from guixd.service.contract import Session, State, StreamConsumer, peer_credentials
 from guixd.service.hangup import HangupWatch
@@ -61,7 +59,7 @@ _REMOTE_REFUSES: Final = {
 
 SessionFactory: TypeAlias = "Callable[[Connection, Greeting], Session | Awaitable[Session]]"
 
-_GREETING, _READY, _WORKING, _ANSWERING, _STREAMING, _LINGERING, _CLOSING, _CLOSED = State
+_GREETING, _READY, _WORKING, _STREAMING, _LINGERING, _CLOSING, _CLOSED = State
 
 
 @implementer(IReadWriteDescriptor)
@@ -74,7 +72,7 @@ class Connection:
     """
 
     __slots__ = (
-        "_answer", "_answer_reader", "_closed", "_consumer", "_drained", "_factory", "_handle",
+        "_closed", "_consumer", "_drained", "_factory", "_handle",
         "_handshake", "_linger_left", "_linger_timer", "_out", "_paused", "_processing", "_quiet",
         "_reactor", "_reading", "_requests", "_scheduled", "_sent", "_session", "_slow",
         "_socket", "_source", "_state", "_watch", "_work", "_writing", "minor", "peer", "pending",
@@ -111,8 +109,6 @@ class Connection:
         self._handle: Callable[[Operation[Any]], bytes | Awaitable[bytes]] | None = None
         self._state = _GREETING
         self._work: Deferred[Any] | None = None
-        self._answer: Deferred[bytes] | None = None
-        self._answer_reader: Bytes | None = None
         self._consumer: StreamConsumer | None = None
         self._out: list[Data] = []
         self._sent = 0
@@ -133,9 +129,9 @@ class Connection:
         """Send DATA as log text."""
         self._send(encode_next(data))
 
-    def write(self, data: Data) -> None:
-        """Send DATA to the client's sink."""
-        self._send(encode_write(data))
+    def send(self, messages: bytes) -> None:
+        """Send READ or WRITE MESSAGES, encoded."""
+        self._send(messages)
 
     async def drained(self) -> None:
         """Wait until less than `LOW_WATER` bytes are pending; at once if it is so."""
@@ -143,20 +139,6 @@ class Connection:
             waiting: Deferred[None] = Deferred(self._forget_drained)
             self._drained.append(waiting)
             await waiting
-
-    async def read_some(self, size: int) -> bytes:
-        """Ask the client for 1 to SIZE bytes; empty at the end of its input.
-
-        :raises ProtocolError: the answer is malformed; the connection must end.
-        """
-        if self._state is not _WORKING:
-            raise CancelledError
-        answer: Deferred[bytes] = Deferred(self._forget_answer)
-        self._answer, self._answer_reader = answer, Bytes(size)
-        self._state = _ANSWERING
-        self._send(encode_read(size))
-        self._process()
-        return await answer
 
     def take_over(self, consumer: StreamConsumer) -> None:
         """Give all further bytes of the client to CONSUMER until `give_back`.
@@ -327,9 +309,6 @@ class Connection:
                         self._reply(reply)
                     else:
                         self._await(reply, self._reply)
-                elif state is _ANSWERING:
-                    if not self._read_answer():
-                        break
                 elif state is not _GREETING or not self._greet():
                     break
             except Exception:  # noqa: BLE001
@@ -375,25 +354,6 @@ class Connection:
         if self._state is _WORKING:
             self._state = _READY
             self._put(LAST)
-
-    def _read_answer(self) -> bool:
-        """Read the answer to a READ; whether it is whole."""
-        reader, answer = self._answer_reader, self._answer
-        assert reader is not None
-        assert answer is not None
-        try:
-            data = reader.resume(self._source)
-        except ProtocolError:
-            self._answer = self._answer_reader = None
-            self._state = _WORKING
-            answer.errback(Failure())  # type: ignore[no-untyped-call]
-            return True
-        if data is MORE:
-            return False
-        self._answer = self._answer_reader = None
-        self._state = _WORKING
-        answer.callback(data)
-        return True
 
     # Work that takes time, and how it ends.
 
@@ -463,9 +423,6 @@ class Connection:
         elif not self._processing:
             self._process()
             self._source.settle()
-
-    def _forget_answer(self, _answer: Deferred[bytes]) -> None:
-        self._answer = self._answer_reader = None
 
     def _forget_drained(self, waiting: Deferred[None]) -> None:
         self._drained.remove(waiting)
@@ -546,7 +503,7 @@ class Connection:
         elif state is _STREAMING:
             wanted = not self._paused
         else:
-            wanted = state is _ANSWERING or state is _LINGERING
+            wanted = state is _LINGERING
         if wanted is not self._reading:
             self._reading = wanted
             (self._reactor.addReader if wanted else self._reactor.removeReader)(self)

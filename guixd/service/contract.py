@@ -72,8 +72,6 @@ class State(Enum):
     READY = "ready"
     """Between requests or within the arguments of one."""
     WORKING = "working"
-    ANSWERING = "answering"
-    """The client has to answer a READ."""
     STREAMING = "streaming"
     """Somebody has taken over the stream."""
     LINGERING = "lingering"

@@ -19,7 +19,16 @@ from guixd.errors import Busy, GuixdError, StoreError
 from guixd.formats.messages import Greeting
 from guixd.formats.path import StorePath
 from guixd.net.receiving import FetcherLike
-from guixd.service import adding, building, changes, collecting, optimising, queries, verifying
+from guixd.service import (
+    adding,
+    archives,
+    building,
+    changes,
+    collecting,
+    optimising,
+    queries,
+    verifying,
+)
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
 from guixd.service.drain import Drain
@@ -27,6 +36,7 @@ from guixd.service.options import not_effective
 from guixd.service.parts import Builds, Listeners, Store, Workers
 from guixd.service.session import Handlers, QuickHandlers, Session, presentable
 from guixd.settings import Settings
+from guixd.signatures.acl import Acl
 from guixd.store import recovery
 from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
@@ -41,6 +51,7 @@ USER_CHECK = 60.0
 HANDLERS: Handlers = {
     **queries.HANDLERS,
     **adding.HANDLERS,
+    **archives.HANDLERS,
     **building.HANDLERS,
     **changes.HANDLERS,
     **collecting.HANDLERS,
@@ -58,6 +69,8 @@ class Daemon:
 
     :ivar uid: who the daemon runs as.
     :ivar encoded_infos: what is known of paths, and the replies that say so.
+    :ivar acl: whose archives are taken.
+    :ivar held_locks: paths that whoever started the daemon has locked for it.
     :ivar sessions: those of all clients that are connected.
     """
 
@@ -73,6 +86,8 @@ class Daemon:
         self.settings = settings
         self.threads = threads
         self.uid = os.getuid()
+        self.acl = Acl(settings.directories.configuration)
+        self.held_locks = frozenset(environ.get("NIX_HELD_LOCKS", "").split())
         self._make_builder = builder
         self._environ = environ
         self._fetcher: FetcherLike | None = None

@@ -23,7 +23,7 @@ from guixd.faults import reached
 from guixd.formats import nar
 from guixd.formats.hashes import Hash, to_base32
 from guixd.store.canonical import STORE_TIME
-from guixd.store.descent import DIRECTORY_FLAGS, identity
+from guixd.store.descent import DIRECTORY_FLAGS, Descent, identity, walk
 
 POOL = ".links"
 SMALLEST = 8192
@@ -221,7 +221,33 @@ class Links:
         self.freed += status.st_size
         return True
 
-    def key(self, dir_fd: int, name: str | bytes) -> bytes | None:
+    def forget(self, name: str) -> None:
+        """Take out of the pool what only NAME, a tree that is about to go, has put there.
+
+        :raises StoreError: the file system refuses.
+        """
+        try:
+            walk(None, name, self._forget)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(f"cannot forget '{name}': {error.strerror}") from error
+
+    def _forget(self, down: Descent, name: str, status: os.stat_result) -> None:
+        if self._pool < 0 or not is_shared(status) or status.st_nlink != 2:
+            return
+        key = self.key(down.fd, name)
+        if key is None:
+            return
+        entry = to_base32(key)
+        try:
+            present = os.stat(entry, dir_fd=self._pool, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if identity(present) == identity(status):
+            _unlink(entry, self._pool)
+
+    def key(self, dir_fd: int | None, name: str | bytes) -> bytes | None:
         """Return the key of the file NAME; None if it is no file, or has changed meanwhile.
 
         :raises OSError: it cannot be read.

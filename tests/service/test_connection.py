@@ -314,7 +314,7 @@ class Working(TestCase):
         line.connection.next(b"one\n")
         self.assertEqual(await line.far.read(24), encode_next(b"one\n"))
         line.connection.next(b"two\n")
-        line.connection.write(b"data")
+        line.connection.send(encode_write(b"data"))
         build.callback(YES)
         self.assertEqual(
             await line.far.read(64), encode_next(b"two\n") + encode_write(b"data") + LAST + YES
@@ -441,7 +441,7 @@ class SlowReaders(TestCase):
         async def export(operation: object) -> bytes:
             nonlocal most
             for _ in range(200):
-                line.connection.write(block)
+                line.connection.send(encode_write(block))
                 most = max(most, line.connection.pending)
                 await line.connection.drained()
             return YES

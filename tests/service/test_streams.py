@@ -17,25 +17,39 @@ from guixd.formats.messages import (
 )
 from guixd.formats.wire import encode_bytes, encode_int
 from guixd.service import connection as module
+from guixd.service.answers import Answers
 from tests.service.peers import ADD, IS_VALID, YES, Line, asynchronous, next_turn
+
+LIST = encode_int(0)
 
 
 class Reading(TestCase):
     """READ exchanges."""
 
-    @asynchronous
-    async def test_exchange(self) -> None:
-        """P29: the client is asked for as much as is wanted."""
+    def line(self, got: list[bytes]) -> Line:
+        """Return a line whose imports take answers up to an empty one, which is an error."""
         line = Line(self)
-        got: list[bytes] = []
 
         async def import_(operation: object) -> bytes:
-            while data := await line.connection.read_some(32768):
-                got.append(data)
-            raise GuixdError("unexpected end of file")
+            answers = Answers(line.connection)
+            try:
+                while data := await answers.take():
+                    got.append(data)
+                    if data == b"end":
+                        return LIST
+                raise GuixdError("unexpected end of file")
+            finally:
+                await answers.finish()
 
         line.answers[op.ImportPaths] = import_
         line.answers[op.IsValidPath] = lambda operation: YES
+        return line
+
+    @asynchronous
+    async def test_exchange(self) -> None:
+        """P29: the client is asked for as much as is wanted."""
+        got: list[bytes] = []
+        line = self.line(got)
         await line.greet()
         line.far.send(op.ImportPaths().encode())
         for part in (b"abc", bytes(32768)):
@@ -51,28 +65,42 @@ class Reading(TestCase):
     @asynchronous
     async def test_answers_at_once(self) -> None:
         """A client that sends its answers before it is asked."""
+        got: list[bytes] = []
+        line = self.line(got)
+        await line.greet()
+        answers = encode_bytes(b"ab") + encode_bytes(b"end")
+        line.far.send(op.ImportPaths().encode(), answers, IS_VALID.encode())
+        expected = encode_read(32768) * 2 + LAST + LIST + LAST + YES
+        self.assertEqual(await line.far.read(len(expected)), expected)
+        self.assertEqual(got, [b"ab", b"end"])
+
+    @asynchronous
+    async def test_ahead(self) -> None:
+        """What is sure to be needed is asked for without waiting for each answer."""
         line = Line(self)
 
         async def import_(operation: object) -> bytes:
-            first = await line.connection.read_some(8)
-            return encode_bytes(first + await line.connection.read_some(8))
+            answers = Answers(line.connection)
+            answers.expect(3 * 32768 + 1)
+            taken = [await answers.take()]
+            await answers.finish()
+            return encode_int(sum(map(len, taken)))
 
         line.answers[op.ImportPaths] = import_
         await line.greet()
-        line.far.send(op.ImportPaths().encode(), encode_bytes(b"ab"), encode_bytes(b"cd"))
-        expected = encode_read(8) * 2 + LAST + encode_bytes(b"abcd")
-        self.assertEqual(await line.far.read(len(expected)), expected)
+        line.far.send(op.ImportPaths().encode())
+        self.assertEqual(await line.far.read(48), encode_read(32768) * 3)
+        # Those that are on their way when it ends are waited for.
+        for _ in range(3):
+            line.far.send(encode_bytes(bytes(32768)))
+        reply = await line.far.read(16)
+        self.assertEqual(reply[:8], LAST)
 
     @asynchronous
     async def test_malformed(self) -> None:
         """P6: too much or bad padding in an answer ends the connection."""
-        for bad in (encode_bytes(b"123456789"), encode_bytes(b"abc")[:-1] + b"\1"):
-            line = Line(self)
-
-            async def import_(operation: object, line: Line = line) -> bytes:
-                return await line.connection.read_some(8)
-
-            line.answers[op.ImportPaths] = import_
+        for bad in (encode_bytes(bytes(32769)), encode_bytes(b"abc")[:-1] + b"\1"):
+            line = self.line([])
             await line.greet()
             line.far.send(op.ImportPaths().encode())
             await line.far.read(16)
@@ -87,7 +115,7 @@ class Reading(TestCase):
 
         async def import_(operation: object) -> bytes:
             try:
-                return await line.connection.read_some(8)
+                return await Answers(line.connection).take()
             except CancelledError:
                 fate.append("cancelled")
                 raise
