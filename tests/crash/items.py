@@ -40,11 +40,15 @@ class Items:
     """All items that the clients of one store ever make.
 
     :ivar expected: what each of them is.
+    :ivar promised: those that the daemon has said are valid, since the last collection.
+    :ivar collections: how many are running, in which what nobody uses any more may go.
     """
 
     def __init__(self, store: StoreDirectory) -> None:
         self.store = store
         self.expected: dict[StorePath, Expected] = {}
+        self.promised: set[StorePath] = set()
+        self.collections = 0
         self._derivations: dict[StorePath, Derivation] = {}
         self._hashes: dict[StorePath, bytes] = {}
         busybox = File(Path(BUSYBOX).read_bytes(), executable=True)
@@ -109,6 +113,11 @@ class Items:
         path = self.text(f"{name}.drv", text, references)
         self._derivations[path] = drv
         return Recipe(path, text, references, paths)
+
+    def promise(self, path: StorePath) -> None:
+        """The daemon has said that PATH is valid."""
+        if not self.collections:
+            self.promised.add(path)
 
     def make(self, path: StorePath, tree: Tree, references: Collection[StorePath] = ()) -> None:
         """Expect TREE as the output PATH of a derivation."""

@@ -93,6 +93,7 @@ class Rounds:
         """Do again what was interrupted, with the daemon that runs, and look at the store."""
         if not self._interrupted:
             return  # there may be no store yet
+        await self.site.keep_promises()
         if not await self.site.do(*self._interrupted):
             raise AssertionError("the daemon died while it recovered")
         self._interrupted = ()

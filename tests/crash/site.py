@@ -147,6 +147,17 @@ class Site:
             await client.close()
         return True
 
+    async def keep_promises(self) -> None:
+        """Raise AssertionError unless what was said to be valid before a death still is."""
+        promised = self.items.promised
+        client = await self.client()
+        try:
+            lost = promised.difference(await client.valid_paths(sorted(promised)))
+        finally:
+            await client.close()
+        if lost:
+            raise AssertionError(f"no longer valid: {sorted(lost)}")
+
     def inspect(self) -> None:
         """Raise AssertionError unless all that is valid is right."""
         found = problems(self.directories, self.items)
@@ -161,6 +172,7 @@ class Site:
 
     async def collect(self) -> None:
         """Collect all garbage, when nobody else is connected."""
+        self.items.promised.clear()
         client = await self.client()
         try:
             await client.collect_garbage(DELETE_DEAD)

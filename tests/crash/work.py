@@ -101,6 +101,7 @@ class Work:
 
         async def add(client: Client) -> None:
             same(await client.add_text(name, text, references), path)
+            self._items.promise(path)
 
         return add
 
@@ -128,6 +129,7 @@ class Work:
 
         async def add(client: Client) -> None:
             same(await client.add_nar(name, blocks, recursive=not flat), path)
+            self._items.promise(path)
 
         return add
 
@@ -166,6 +168,7 @@ class Work:
             await client.build_paths([last.path])
             for output in last.outputs.values():
                 same(await client.is_valid_path(output), True)
+                self._items.promise(output)
 
         return build
 
@@ -275,7 +278,12 @@ class Work:
         yield from self.small_texts()
 
         async def collect(client: Client) -> None:
-            await client.collect_garbage(DELETE_DEAD)
+            self._items.collections += 1
+            self._items.promised.clear()
+            try:
+                await client.collect_garbage(DELETE_DEAD)
+            finally:
+                self._items.collections -= 1
 
         yield collect
 
@@ -317,7 +325,10 @@ class Work:
         async def ask(client: Client) -> None:
             paths = await client.all_valid_paths()
             same(set(paths) - set(self._items.expected), set())
-            for path in await client.valid_paths(list(paths)[:5]):
+            some = paths[:5]
+            for path in some:
+                await client.add_temp_root(path)  # else it could be collected
+            for path in await client.valid_paths(some):
                 info = await client.path_info(path)
                 same(info.nar_hash, self._items.expected[path].nar_hash)
 
