@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.build.mirrorcode import urls
+from guixd.client import nar_of_tree
 from guixd.formats.hashes import to_base32
 from guixd.formats.nar import nar_of_file
 from tests.interop.guest import requires_guest
 from tests.interop.place import GUIXD, STOCK, Facts, Place
+from tests.support import require
 
 CONTENT = b"what is wanted\n"
 
@@ -34,6 +40,64 @@ class _Answers(BaseHTTPRequestHandler):
         pass
 
 
+def serve(case: SynchronousTestCase, handler: Callable[..., BaseHTTPRequestHandler]) -> str:
+    """Start a server for the time of a test, in a thread; return its URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    case.addCleanup(thread.join)
+    case.addCleanup(server.server_close)
+    case.addCleanup(server.shutdown)
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@requires_guest
+class Checkouts(SynchronousTestCase):
+    """The stock daemon cannot be compared with: it has a Git of its own."""
+
+    def test_checkouts(self) -> None:
+        """W19: what the stock client asks for is understood."""
+        require(shutil.which("git") is not None, "git")
+        place = Place(self)
+        place.names["VIEW_NET"] = "host"
+        repository = place.directory / "repository"
+        repository.mkdir()
+
+        def git(*arguments: str) -> str:
+            identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+            command = ["git", *identity, *arguments]
+            return subprocess.run(
+                command, cwd=repository, check=True, capture_output=True, text=True
+            ).stdout.strip()
+
+        git("init", "--quiet")
+        (repository / "file").write_text("text\n")
+        git("add", ".")
+        git("commit", "--quiet", "-m", "x")
+        git("tag", "v1")
+        git("update-server-info")
+        wanted = place.directory / "wanted"
+        wanted.mkdir()
+        shutil.copy(repository / "file", wanted)
+        url = serve(self, partial(_Files, directory=str(place.directory)))
+        place.start(GUIXD)
+        facts = place.scheme(
+            "git.scm",
+            REPOSITORY=f"{url}/repository/.git",
+            COMMIT=git("rev-parse", "HEAD"),
+            WANTED=hashlib.sha256(b"".join(nar_of_tree(str(wanted)))).hexdigest(),
+        )
+        for label in ("commit", "tag"):
+            self.assertEqual(facts.text(f"{label} builder"), "builtin:git-download")
+            self.assertEqual(facts[label], "ok")
+            self.assertEqual(facts.text(f"{label} content"), "text\\n")
+
+
 @requires_guest
 class Downloads(SynchronousTestCase):
     """W1 to W24, where they can be compared."""
@@ -41,13 +105,7 @@ class Downloads(SynchronousTestCase):
     maxDiff = None
 
     def setUp(self) -> None:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        self.url = serve(self, _Answers)
 
     def facts(self, daemon: str) -> Facts:
         place = Place(self)
