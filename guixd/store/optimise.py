@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 from guixd.errors import StoreError
 from guixd.store.descent import DIRECTORY_FLAGS, Descent
-from guixd.store.links import BLOCK, FILE_FLAGS, POOL, SMALLEST, Links, is_shared, key_of
+from guixd.store.links import (
+    BLOCK,
+    FILE_FLAGS,
+    POOL,
+    SMALLEST,
+    Links,
+    is_shared,
+    kept,
+    key_of,
+    key_of_small,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +131,22 @@ class _Sharing:
                     files.append(entry.name)
                 elif entry.is_dir(follow_symlinks=False):
                     directories.append(entry.name)
+        large: list[tuple[str, os.stat_result]] = []
         for name in files:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if status.st_size >= SMALLEST:
-                if self._stopped():
-                    break
-                self._file(fd, name, status)
+                large.append((name, status))
+        if large:
+            with kept(fd):
+                for name, status in large:
+                    if self._stopped():
+                        break
+                    self._file(fd, name, status, is_kept=True)
         return directories
 
-    def _file(self, dir_fd: int | None, name: str, status: os.stat_result) -> None:
+    def _file(
+        self, dir_fd: int | None, name: str, status: os.stat_result, *, is_kept: bool = False
+    ) -> None:
         if not is_shared(status) or (status.st_nlink > 1 and status.st_ino in self._known):
             return
         fd = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
@@ -137,12 +154,17 @@ class _Sharing:
             status = os.fstat(fd)
             if not is_shared(status):
                 return
-            if self._buffer is None:
-                self._buffer = memoryview(bytearray(BLOCK))
-            key = key_of(fd, status, self._buffer, self._stopped)
+            if status.st_size <= BLOCK:
+                key = key_of_small(fd, status)
+            else:
+                if self._buffer is None:
+                    self._buffer = memoryview(bytearray(BLOCK))
+                key = key_of(fd, status, self._buffer, self._stopped)
         finally:
             os.close(fd)
-        if key is not None and not self._links.share(dir_fd, name, key, status):
+        if key is None:
+            return
+        if not self._links.share(dir_fd, name, key, status, is_kept=is_kept):
             self._known.add(status.st_ino)
 
 

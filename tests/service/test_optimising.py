@@ -59,6 +59,16 @@ class OptimiseTests(DaemonCase):
         await client.optimise_store()
         self.assertEqual(self.log, [b"   0  bytes freed by hard-linking 0 files\n"])
 
+    async def test_large_files(self) -> None:
+        """S17: files of more than one block have the same keys as when they are added."""
+        client = await self.client()
+        first, second = [await client.add_text(name, b"1" * 600_000) for name in ("a", "b")]
+        await client.optimise_store()
+        self.assertEqual(os.stat(first).st_ino, os.stat(second).st_ino)
+        await client.set_options(set_options(("auto-optimise-store", "true")))
+        added = await client.add_text("c", b"1" * 600_000)
+        self.assertEqual(os.stat(first).st_ino, os.stat(added).st_ino)
+
     async def test_strange_paths(self) -> None:
         """S20: what is valid but not there, or not in the store, is passed over."""
         client = await self.client()
