@@ -17,7 +17,7 @@ from guixd.interfaces import IFetcher
 from guixd.net.channel import Channel, pair
 from guixd.net.helpers import Death, start_helper
 from guixd.net.proxies import Proxies
-from guixd.net.requests import Answer, Fetched, Head, Request
+from guixd.net.requests import LONGEST_BODY, Answer, Fetched, Head, Request
 
 _log = Logger()
 
@@ -293,6 +293,8 @@ class Fetcher:
             return
         parts = job.parts.setdefault(index, [])
         parts.append(data)
+        if sum(map(len, parts)) > LONGEST_BODY + len(data):
+            raise ValueError("an answer is too long")
         if more:
             return
         del job.open[index], job.parts[index]

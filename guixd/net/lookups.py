@@ -12,14 +12,13 @@ from guixd.errors import FetchError
 from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
-from guixd.net.requests import Answer
+from guixd.net.requests import LONGEST_BODY, Answer
 from guixd.net.transfers import REDIRECTS, joined, split_url, without_user
 
 CONNECTIONS = 8
 """To each server."""
 DEPTH = 32
 """Requests on the way on each connection that has answered one before."""
-LONGEST_BODY = 1 << 20
 _TRIES = 3
 _MOST_REDIRECTS = 5
 _MAX_AGE = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,10})(?:$|[,\s])")

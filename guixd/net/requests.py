@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMES = ("http", "https", "ftp")
+LONGEST_BODY = 1 << 20
+"""Of the answer to a lookup."""
 AGENT = "GNU Guile"
 """What the client calls itself; servers know it."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
@@ -140,6 +141,14 @@ class Transfer:
         self._received = 0
         self._written = 0
         self._reported = 0.0
+        self._codec = decoder("none")
+        self._inputs: deque[bytes] = deque()
+        self._blocks: Iterator[bytes] | None = None
+        """What is still to come of the input before the others."""
+        self._decoded: Deferred[None] = Deferred()
+        self._all_came = False
+        self._stuffed = False
+        self._over = False
         self._sink = Sink(reactor, sink, self._full, self._broken)
 
     async def run(self) -> Fetched:
@@ -157,52 +166,79 @@ class Transfer:
             self._sink.close()
 
     async def _run(self) -> Fetched:
-        request = self._request
-        codec = decoder(request.compression)
+        self._codec = decoder(self._request.compression)
         body, answer, url = await self._answer()
         head = self._head(answer, url)
         self._began(head)
-
-        def write(data: bytes) -> None:
-            self._received += len(data)
-            now = self._reactor.seconds()
-            if now - self._reported >= PROGRESS:
-                self._reported = now
-                self._progress(self._received)
-            try:
-                for block in codec.feed(data):
-                    self._write(block)
-            except BadData as error:
-                body.failed(FetchError("body", str(error)))
-                body.abort()
-
-        body.flow(write)
+        body.flow(self._take)
         await body.complete
-        codec.end()
+        self._all_came = True
+        if not self._is_idle:
+            await self._decoded
+        self._codec.end()
         self._progress(self._received)
         flushed: Deferred[None] = Deferred()
         self._sink.end(lambda: flushed.callback(None))
         await flushed
         return Fetched(head, self._received, self._written)
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether all that came is decoded."""
+        return self._blocks is None and not self._inputs
+
+    def _take(self, data: bytes) -> None:
+        self._received += len(data)
+        now = self._reactor.seconds()
+        if now - self._reported >= PROGRESS:
+            self._reported = now
+            self._progress(self._received)
+        self._inputs.append(data)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Decode no more than the sink takes: little may become very much."""
+        try:
+            while not (self._stuffed or self._over or self._is_idle):
+                if self._blocks is None:
+                    self._blocks = self._codec.feed(self._inputs.popleft())
+                block = next(self._blocks, None)
+                if block is None:
+                    self._blocks = None
+                else:
+                    self._write(block)
+        except BadData as error:
+            self._fail(FetchError("body", str(error)))
+        if self._over or self._body is None:
+            return
+        self._body.hold(self._stuffed or not self._is_idle)
+        if self._all_came and self._is_idle and not self._decoded.called:
+            self._decoded.callback(None)
+
     def _write(self, block: bytes) -> None:
         self._written += len(block)
         limit = self._request.limit
         if limit is not None and self._written > limit:
-            assert self._body is not None
-            self._body.failed(FetchError("limit", f"more than {limit} bytes came"))
-            self._body.abort()
-            return
-        self._sink.write(block)
+            self._fail(FetchError("limit", f"more than {limit} bytes came"))
+        else:
+            self._sink.write(block)
 
     def _full(self, on: bool) -> None:
-        if self._body is not None:
-            self._body.hold(on)
+        self._stuffed = on
+        if not on:
+            self._pump()
 
     def _broken(self) -> None:
-        if self._body is not None:
-            self._body.failed(FetchError("fetcher", "the data is no longer wanted"))
-            self._body.abort()
+        self._fail(FetchError("fetcher", "the data is no longer wanted"))
+
+    def _fail(self, error: FetchError) -> None:
+        self._over = True
+        body = self._body
+        if body is not None and not body.complete.called:
+            body.failed(error)
+            body.abort()
+        elif self._all_came and not self._decoded.called:
+            self._decoded.errback(error)
 
     # --- to the answer that has the body ------------------------------------------
 

@@ -8,7 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
-from twisted.internet.defer import Deferred
+from backports import zstd
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import FetchError
@@ -238,6 +239,7 @@ class ConfinementTest(FetcherCase):
         os.kill(stopped, signal.SIGSTOP)
         error = await self.assertFailure(running, FetchError)
         self.assertEqual(error.kind, "fetcher")
+        self.patch(client, "SILENCE", 30.0)
         server.script = always(answer(b"again"))
         self.assertEqual((await self.fetch(server.url()))[0], b"again")
         self.assertNotEqual(self.fetcher.pid, stopped)
@@ -286,3 +288,23 @@ class ConfinementTest(FetcherCase):
         await self.assertFailure(self.fetcher.fetch(Request(server.url()), write), FetchError)
         self.assertEqual(os.read(read, 1), b"")
         os.close(read)
+
+
+class SlowReaderTest(FetcherCase):
+    async def test_bombs_for_slow_readers(self) -> None:
+        """No more is decoded than is read: memory stays constant (substitutes §10.7)."""
+        server = Server(self, always(answer(zstd.compress(bytes(1 << 30)))))
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        began: Deferred[object] = Deferred()
+        request = Request(server.url(), compression="zstd")
+        fetching = self.fetcher.fetch(request, write_end, head=began.callback)
+        await began
+        answers: dict[int, Answer] = {}
+        await self.fetcher.lookup([server.url()], answers.__setitem__)  # It has had its turn.
+        status = Path(f"/proc/{self.fetcher.pid}/status").read_text()
+        if os.geteuid() == 0:  # Without root this process only waits for the real one.
+            resident = int(status.partition("VmHWM:")[2].split()[0])
+            self.assertLess(resident, 200_000)
+        fetching.cancel()
+        await self.assertFailure(fetching, CancelledError)
