@@ -24,6 +24,7 @@ from guixd.formats.path import StorePath
 from guixd.formats.wire import encode_int
 from guixd.service.answers import Answers
 from guixd.service.session import Handlers, Session
+from guixd.service.settling import settling
 from guixd.store.addition import MOST_DERIVATION
 from guixd.store.dump import Block
 from guixd.store.exporting import export_item
@@ -191,4 +192,4 @@ def _text(file: str) -> bytes | None:
     return path.read_bytes()
 
 
-HANDLERS: Handlers = {op.ExportPath: export, op.ImportPaths: import_}
+HANDLERS: Handlers = {op.ExportPath: export, op.ImportPaths: settling(import_)}

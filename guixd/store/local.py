@@ -13,6 +13,7 @@ import os
 import pwd
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from guixd.errors import BadDerivation, Busy, PathNotValid, StoreError
@@ -148,12 +149,11 @@ class LocalStore:
         self._staging = None
         for session in tuple(self._sessions):
             session.close()
-        try:
-            if self.durability is not None:
+        if self.durability is not None:
+            with suppress(StoreError):  # then the next daemon looks at it again
                 self.durability.settle()
-        finally:
-            self.database.close()
-            self._big_lock.close()
+        self.database.close()
+        self._big_lock.close()
 
     def reserve_space(self, wanted: bool) -> None:
         """Keep space for the database on a full disk, or free it."""

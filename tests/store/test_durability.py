@@ -143,9 +143,10 @@ class FlushTests(DurabilityCase):
         self.add("x")
         os.rename(directory, directory + "-away")
         self.assertRaises(StoreError, self.store.database.checkpoint())
+        self.store.close()
         self.assertEqual(self.row(), 0)
         os.rename(directory + "-away", directory)
-        self.store.close()
+        self.open(durable=True).close()
         self.assertEqual(self.row(), 1)
 
     def test_on_demand(self) -> None:
