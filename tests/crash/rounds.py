@@ -81,8 +81,8 @@ class Rounds:
         timer = None
         if seconds is not None:
             timer = reactor.callLater(seconds, lambda: deaths.append(site.end()))
-        self._interrupted = scripts
         finished = await site.do(*scripts)
+        self._interrupted = site.begun
         if timer is not None and timer.active():
             timer.cancel()
         if deaths:

@@ -20,11 +20,13 @@ from guixd.build.leftovers import RUNNING
 from guixd.client import Client, Disconnected, connect
 from guixd.formats.path import StoreDirectory
 from guixd.settings import Directories
+from guixd.signatures import read_key_pair
 from tests.crash.inspection import leftovers, problems
 from tests.crash.items import BUSYBOX, Items
 from tests.crash.nursery import Death, Nursery
 from tests.crash.work import DELETE_DEAD, Task, Work
 from tests.service.world import EndpointAs
+from tests.signatures.keys import install
 from tests.support import has_user_namespaces, is_root, requires, temporary_directory
 
 reactor: Any = installed
@@ -44,6 +46,7 @@ class Site:
 
     :ivar items: all that its clients make.
     :ivar kills: how often its daemon has been killed.
+    :ivar begun: the tasks that each of the clients began last, the last of which may be undone.
     """
 
     def __init__(self, case: TestCase, *options: str) -> None:
@@ -58,7 +61,10 @@ class Site:
         )
         for name in ("tmp", "links"):
             os.mkdir(f"{top}/{name}")
+        install(self.directories.configuration, acl=True)
+        self._keys = read_key_pair(self.directories.configuration)
         self.kills = 0
+        self.begun: list[list[Task]] = []
         self.items = Items(StoreDirectory(self.directories.store))
         self._arguments = ["--max-jobs=2", *options]
         if is_root():
@@ -80,7 +86,7 @@ class Site:
         """Return a maker of tasks."""
         database = f"{self.directories.database}/db.sqlite"
         links = f"{self.directory}/links"
-        return Work(self.items, links, database, random, label, self._stranger)
+        return Work(self.items, links, database, self._keys, random, label, self._stranger)
 
     def start(self) -> None:
         """Start the daemon."""
@@ -126,20 +132,23 @@ class Site:
     async def do(self, *scripts: Sequence[Task]) -> bool:
         """Do the tasks of each script by a client of its own.
 
-        :return: whether all was done before the daemon died.
+        :return: whether all was done before the daemon died; `begun` has what was begun.
         """
-        results = await gatherResults(
-            [Deferred.fromCoroutine(self._do(script)) for script in scripts], consumeErrors=True
-        )
-        return all(results)
+        self.begun = [[] for _ in scripts]
+        work = [
+            Deferred.fromCoroutine(self._do(script, begun))
+            for script, begun in zip(scripts, self.begun, strict=True)
+        ]
+        return all(await gatherResults(work, consumeErrors=True))
 
-    async def _do(self, script: Sequence[Task]) -> bool:
+    async def _do(self, script: Sequence[Task], begun: list[Task]) -> bool:
         try:
             client = await self.client()
         except Disconnected:
             return False
         try:
             for task in script:
+                begun.append(task)
                 await task(client)
         except Disconnected:
             return False

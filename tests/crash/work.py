@@ -5,6 +5,7 @@ All of it can be done again after a crash, with the same outcome.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,6 +17,8 @@ from typing import TypeAlias
 from guixd.build.request import BuildMode
 from guixd.client import Client, RequestFailed
 from guixd.formats.path import StorePath
+from guixd.formats.wire import encode_bytes, encode_int
+from guixd.signatures import KeyPair, sign
 from tests.archives import File, Link, Tree, archive
 from tests.crash.items import Items, Recipe
 from tests.service.world import set_options
@@ -24,6 +27,8 @@ Task: TypeAlias = Callable[[Client], Awaitable[None]]
 """One or a few requests; an error or a wrong reply is an exception."""
 
 DELETE_DEAD, DELETE_THESE = 2, 3
+EXPORTED = 0x4558494E
+"""What follows the archive of an exported item."""
 BLOCK = 40_000
 """Bytes in which archives are sent."""
 
@@ -40,6 +45,7 @@ class Work:
     :param items: what they make.
     :param directory: where links to items are put.
     :param database: the file of the database.
+    :param keys: with which archives are signed.
     :param random: decides what each task is about.
     :param label: part of all names, so that nothing is there already.
     :param stranger: connects as a user that the daemon does not trust, if it can.
@@ -50,6 +56,7 @@ class Work:
         items: Items,
         directory: str,
         database: str,
+        keys: KeyPair,
         random: Random,
         label: str,
         stranger: Callable[[], Awaitable[Client]],
@@ -58,6 +65,7 @@ class Work:
         self._stranger = stranger
         self._directory = directory
         self._database = database
+        self._keys = keys
         self._random = random
         self._label = label
         self._number = 0
@@ -65,7 +73,7 @@ class Work:
             self.small_texts, self.large_text, self.tree, self.stream, self.flat_file, self.roots,
             self.build, self.fixed_build, self.failing_build, self.checked_build,
             self.repairing_build, self.optimise, self.verify, self.lose, self.forget, self.collect,
-            self.delete, self.queries,
+            self.delete, self.import_, self.export, self.queries,
         )  # fmt: skip
 
     def script(self, length: int) -> list[Task]:
@@ -132,6 +140,47 @@ class Work:
             self._items.promise(path)
 
         return add
+
+    def import_(self) -> Iterator[Task]:
+        """Two items of one stream, the second of which refers to the first."""
+        tree: Tree = {b"a": File(self._shared()), b"b": File(self._random.randbytes(60_000))}
+        first = self._items.tree(self._name("imported"), tree)
+        text = self._name("imported").encode()
+        second = self._items.text(text.decode(), text, (first,))
+        stream = [
+            self._signed(first, archive(tree), ()),
+            self._signed(second, archive(File(text)), (first,)),
+            encode_int(0),
+        ]
+
+        async def import_(client: Client) -> None:
+            same(await client.import_paths(stream), (first, second))
+            self._items.promise(first)
+            self._items.promise(second)
+
+        yield import_
+
+    def _signed(self, path: StorePath, nar: bytes, references: tuple[StorePath, ...]) -> bytes:
+        """Return an item as it is in a stream of exported ones."""
+        described = [encode_bytes(str(item).encode()) for item in references]
+        body = [nar, encode_int(EXPORTED), encode_bytes(str(path).encode())]
+        body += [encode_int(len(references)), *described, encode_bytes(b"")]
+        data = b"".join(body)
+        signature = sign(hashlib.sha256(data).digest(), self._keys)
+        return encode_int(1) + data + encode_int(1) + encode_bytes(signature)
+
+    def export(self) -> Iterator[Task]:
+        name = self._name("exported")
+        tree: Tree = {b"a": File(self._random.randbytes(100_000))}
+        path, nar = self._items.tree(name, tree), archive(tree)
+
+        async def export(client: Client) -> None:
+            same(await client.add_nar(name, [nar]), path)
+            written = bytearray()
+            await client.export_path(path, written.extend)
+            same(bytes(written[: len(nar)]) == nar, True)
+
+        yield export
 
     # --- building ------------------------------------------------------------------
 
