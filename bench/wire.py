@@ -146,6 +146,10 @@ class Client:
         self._drain()
         return self._bytes().decode()
 
+    def derivation_outputs(self, path: str) -> list[str]:
+        self._call(22, string(path))
+        return self._strings()
+
     def optimise(self) -> None:
         self._call(34)
         self._word()

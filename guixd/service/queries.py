@@ -115,7 +115,11 @@ def valid_derivers(session: Session, request: op.QueryValidDerivers) -> Iterable
 
 
 def outputs(session: Session, request: op.QueryDerivationOutputs) -> Iterable[StorePath]:
-    return session.store.database.derivation_outputs(request.path).values()
+    return session.store.derivation_outputs(request.path).values()
+
+
+def quick_outputs(session: Session, request: op.QueryDerivationOutputs) -> bytes:
+    return encode_reply(request, outputs(session, request), session.connection.minor)
 
 
 def output_names(session: Session, request: op.QueryDerivationOutputNames) -> Iterable[str]:
@@ -178,4 +182,5 @@ HANDLERS: Handlers = {
 QUICK: QuickHandlers = {
     op.IsValidPath: quick_is_valid,
     op.QueryPathInfo: quick_path_info,
+    op.QueryDerivationOutputs: quick_outputs,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from guixd.build import diskspace
+from guixd.build import diskspace, engine
 from guixd.build.cgroups import Cgroups, Group, Place, Unavailable, own_place
 from guixd.errors import BuildError
 from guixd.settings import BuildLimits
@@ -19,23 +19,25 @@ from tests.build.test_goals import Fake
 from tests.support import is_root, requires, temporary_directory
 
 
-def _place() -> Place | None:
-    try:
-        return own_place() if is_root() else None
-    except Unavailable:
-        return None
+@cache
+def _tree() -> str:
+    """Return where the tree of control groups is mounted; empty if it is not, or not for us."""
+    if is_root():
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if " - cgroup2 " in line:
+                return line.split()[4]
+    return ""
 
 
 @cache
 def _has_controllers() -> bool:
-    place = _place()
-    if place is None:
+    if not _tree():
         return False
-    found = Path(place.directory, "cgroup.controllers").read_text().split()
-    return {"memory", "pids", "cpu"} <= set(found)
+    enabled = Path(_tree(), "cgroup.subtree_control").read_text().split()
+    return {"memory", "pids", "cpu"} <= set(enabled)
 
 
-requires_cgroups = requires(lambda: _place() is not None, "root and cgroup v2")
+requires_cgroups = requires(lambda: bool(_tree()), "root and cgroup v2")
 requires_controllers = requires(
     _has_controllers, "root and cgroup v2 with the controllers memory, pids and cpu"
 )
@@ -111,9 +113,7 @@ class EndTests(SynchronousTestCase):
 
     def test_end(self) -> None:
         """All processes of a group are killed, and it is removed; twice is no error."""
-        place = _place()
-        assert place is not None
-        group = Group(f"{place.directory}/guixd-build-test-{os.getpid()}", BuildLimits())
+        group = Group(f"{_tree()}/guixd-build-test-{os.getpid()}", BuildLimits())
         os.mkdir(group.directory)
         self.addCleanup(group.end)
         join = f'echo 0 > {group.directory}/cgroup.procs; echo in; trap "" TERM; sleep 1000 & wait'
@@ -130,6 +130,12 @@ class EndTests(SynchronousTestCase):
 class RealTests(TestCase):
     """Builders that meet their limits."""
 
+    def setUp(self) -> None:
+        self.own = f"{_tree()}/guixd-test-{os.getpid()}"
+        os.mkdir(self.own)
+        self.addCleanup(os.rmdir, self.own)
+        self.patch(engine, "own_place", lambda: Place(self.own, is_root=True))
+
     async def fails(self, script: str, limits: BuildLimits) -> str:
         world = World(self, build_limits=limits)
         observer = Recorder()
@@ -138,9 +144,7 @@ class RealTests(TestCase):
         building.addErrback(lambda failure: failure.trap(BuildError) and None)
         await building
         self.assertEqual(world.leftovers(), [])
-        place = _place()
-        assert place is not None
-        self.assertEqual([n for n in os.listdir(place.directory) if "guixd-build" in n], [])
+        self.assertEqual([n for n in os.listdir(self.own) if "guixd-build" in n], [])
         return "\n".join(observer.logs)
 
     async def test_memory(self) -> None:
