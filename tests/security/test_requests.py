@@ -154,20 +154,6 @@ class MalformedTests(HostileCase):
 
 
 class RefusedTests(HostileCase):
-    async def test_not_served(self) -> None:
-        """P7: what this version does not do is an error that says so, and all goes on."""
-        bystander = await self.begin()
-        client = await self.client()
-        path = self.path("x")
-        for work in (
-            lambda: client.call(op.ExportPath(path, False)),
-            lambda: client.import_paths([bytes(8)]),
-            lambda: client.collect_garbage(2),
-        ):
-            self.assertIn("not supported", await self.fails(work()))
-        self.assertFalse(await client.is_valid_path(path))
-        await self.unharmed(bystander)
-
     async def test_names(self) -> None:
         """S3, P7: bad names and paths are errors, after which all goes on."""
         bystander = await self.begin()

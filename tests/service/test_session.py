@@ -98,18 +98,6 @@ class QueryTests(DaemonCase):
         await client.clear_failed_paths(["*"])
         self.assertEqual(await client.failed_paths(), ())
 
-    async def test_not_yet(self) -> None:
-        """What is not served yet is refused, and the connection goes on."""
-        client = await self.client()
-        path = await client.add_text("x", b"y")
-        for work in (
-            client.collect_garbage(2),
-            client.export_path(path, lambda data: None),
-            client.import_paths([b"x"]),
-        ):
-            self.assertIn("is not supported", await self.fails(work))
-        self.assertTrue(await client.is_valid_path(path))
-
 
 class RootTests(DaemonCase):
     async def test_temporary(self) -> None:
