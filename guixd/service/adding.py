@@ -53,6 +53,8 @@ class Intake:
 
     def received(self, data: bytes) -> None:
         """Take DATA in, in a thread unless it may be all."""
+        if self.done.called:
+            return  # something was wrong before, and the connection is about to end
         if not self._begun and len(data) <= INLINE:
             self._begun = True
             try:

@@ -52,7 +52,8 @@ class FuzzTests(CrowdCase):
             peer.close()
         self.assertEqual(self.canary.ask(op.BuiltinBuilders()), ("download", "git-download"))
         self.assertLess(self.memory() - self.before, ROOM)
-        self.assertNotIn("Traceback", self.program.output)
+        # All of the output would be too much to read.
+        self.assertEqual(self.program.output.partition("Traceback")[2][:2000], "")
         return answer
 
     @given(conversations, cuts)

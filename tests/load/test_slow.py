@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from guixd.formats import operations as op
+from tests.archives import File, archive
 from tests.load.crowd import CrowdCase
 
 ITEMS = 20_000
 STOPPED = 8
 QUESTIONS = 40
 """How often each of them asks for all items."""
+EXPORTED = 32 << 20
+"""Bytes of an item."""
 ROOM = 16 << 20
 """Bytes that the daemon may take for its own work at one such reply."""
 
@@ -34,6 +37,26 @@ class SlowTests(CrowdCase):
         for client in stopped:
             client.close()
         self.assertEqual(self.program.end()[0], 0)
+
+    def test_exports(self) -> None:
+        """Who does not read what it exports has little of it in memory; others are served."""
+        polite = self.client()
+        request = op.AddToStore("large", True, True, "sha256")
+        polite.socket.sendall(request.encode() + archive(File(bytes(EXPORTED))))
+        path = polite.reply(request)
+        before = self.memory()
+        stopped = [self.client() for _ in range(STOPPED)]
+        for client in stopped:
+            client.socket.sendall(op.ExportPath(path, False).encode())
+        for client in stopped:
+            self.assertGreater(len(client.socket.recv(1000)), 0)
+        for _ in range(500):
+            self.assertTrue(polite.ask(op.IsValidPath(path)))
+        self.assertLess(self.memory() - before, EXPORTED * STOPPED // 4)
+        for client in stopped:
+            client.close()
+        again = self.client()
+        again.ask(op.ExportPath(path, False))
 
     def test_endless_questions(self) -> None:
         """Who asks all the time and reads nothing is read no more."""

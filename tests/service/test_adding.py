@@ -16,8 +16,10 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
+from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.client import nar_of_tree
+from guixd.errors import BadArchive
 from guixd.formats import derivation
 from guixd.formats import operations as op
 from guixd.formats.messages import LAST
@@ -379,3 +381,24 @@ class BusyTests(AddingCase):
         await self.daemon.stop()
         collector.stdin.close()
         self.assertFalse([n for n in os.listdir(self.store.path) if n.endswith("-x")])
+
+
+class IntakeTests(SynchronousTestCase):
+    def test_after_a_fault(self) -> None:
+        """What comes after the first fault of an archive is not looked at any more."""
+        begun: list[Deferred[None]] = []
+
+        def threads(_function: object, *_arguments: object) -> Deferred[None]:
+            begun.append(Deferred())
+            return begun[-1]
+
+        unused: Any = None
+        calls: Any = threads
+        intake = adding.Intake(unused, unused, calls)
+        intake.received(bytes(adding.INLINE + 1))
+        intake.received(b"more")
+        begun[0].errback(BadArchive("no archive"))
+        self.failureResultOf(intake.done, BadArchive)
+        for _ in range(3):
+            intake.received(bytes(adding.INLINE + 1))
+        self.assertEqual(len(begun), 1)
