@@ -110,6 +110,8 @@ class Connection(Protocol):
     """A connection with the exchanges on it, which are answered in turn.
 
     :param idle: called when all are answered and it may be used again.
+    :ivar answered: how many exchanges have ended.
+    :ivar received: how many bytes have come.
     :param lost: called at its end with the exchanges of which nothing has come, and why.
     """
 
@@ -127,6 +129,7 @@ class Connection(Protocol):
         self._persistent = True
         self._paused = False
         self.answered = 0
+        self.received = 0
         self.alive = True
         self.timer: IDelayedCall | None = None
 
@@ -178,6 +181,7 @@ class Connection(Protocol):
         if not self._exchanges:
             self.abort()  # Nobody has asked.
             return
+        self.received += len(data)
         try:
             self._reader.feed(data)
         except BadResponse as error:

@@ -109,7 +109,7 @@ class Server:
         self._trusted: Any = None
         self._connections = Connections(reactor, self._trust)
         self._proxies = Proxies()
-        self._lookups = Lookups(self._connections, self._proxies)
+        self._lookups = Lookups(self._reactor, self._connections, self._proxies)
         self._jobs: dict[int, list[Callable[[], None]]] = {}
         self._channel = Channel(reactor, end, self._received, lost)
         self._channel.send(["ready", supported()])
@@ -132,7 +132,7 @@ class Server:
         what, *arguments = message
         if what == "proxies":
             self._proxies = Proxies(*arguments)
-            self._lookups = Lookups(self._connections, self._proxies)
+            self._lookups = Lookups(self._reactor, self._connections, self._proxies)
         elif what == "fetch":
             self._fetch(*arguments, *descriptors)
         elif what == "lookup":

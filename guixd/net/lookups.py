@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from guixd.errors import FetchError
 from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
@@ -17,6 +18,8 @@ from guixd.net.transfers import REDIRECTS, joined, split_url, without_user
 
 CONNECTIONS = 8
 """To each server."""
+STALL = 15.0
+"""Seconds without a byte after which a server is taken to be stalled; up to twice as many."""
 DEPTH = 32
 """Requests on the way on each connection that has answered one before."""
 _TRIES = 3
@@ -81,6 +84,12 @@ class _Server:
         self._waiting: deque[_Question] = deque()
         self._connections: set[Connection] = set()
         self._opening = 0
+        self._answers = 0
+        """Of connections that are gone."""
+        self._heard: dict[Connection, int] = {}
+        """How many bytes had come at the last look, on connections that should say something."""
+        self._stalled: set[Connection] = set()
+        self._timer: IDelayedCall | None = None
 
     def ask(self, question: _Question) -> None:
         """Put QUESTION to the server when there is room."""
@@ -111,6 +120,18 @@ class _Server:
             batch.append(self._waiting.popleft())
         if batch:
             connection.send_all(list(batch))
+            if self._timer is None:
+                self._timer = self._lookups.call_later(STALL, self._look)
+
+    def _look(self) -> None:
+        """Give connections up on which nothing came since the last time."""
+        busy = {each: each.received for each in self._connections if each.waiting}
+        stalled = [each for each, size in busy.items() if self._heard.get(each) == size]
+        self._heard = busy
+        self._timer = self._lookups.call_later(STALL, self._look) if busy else None
+        for connection in stalled:
+            self._stalled.add(connection)
+            connection.abort()
 
     async def _open(self) -> None:
         connections = self._lookups.connections
@@ -131,7 +152,7 @@ class _Server:
             return
         self._opening -= 1
         self._connections.add(connection)
-        self.pump()
+        self._idle(connection)
 
     def _idle(self, connection: Connection) -> None:
         self.pump()
@@ -141,11 +162,23 @@ class _Server:
 
     def _lost(self, connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
         self._connections.discard(connection)
+        self._answers += connection.answered
+        if connection in self._stalled:
+            self._stalled.discard(connection)
+            error = FetchError("timeout", "the server does not answer")
+            answers = self._answers or any(each.answered for each in self._connections)
+            failing = exchanges[:1] if answers else [*exchanges, *self._waiting]
+            exchanges = exchanges[1:] if answers else []
+            if not answers:
+                self._waiting.clear()
+            for exchange in failing:
+                exchange.failed(error)
         for exchange in reversed(exchanges):
             assert isinstance(exchange, _Question)
             # A server may close after any answer; only one that never answers is given up.
             exchange.tries += not connection.answered
-            if exchange.tries >= _TRIES or (not connection.answered and error.kind == "tls"):
+            hopeless = error.kind == "tls" and not connection.answered
+            if exchange.tries >= _TRIES or hopeless:
                 exchange.failed(error)
             else:
                 self._waiting.appendleft(exchange)
@@ -158,8 +191,9 @@ class Lookups:
     :ivar connect_timeout: seconds for each address.
     """
 
-    def __init__(self, connections: Connections, proxies: Proxies) -> None:
+    def __init__(self, clock: IReactorTime, connections: Connections, proxies: Proxies) -> None:
         self.connections = connections
+        self.call_later = clock.callLater
         self.connect_timeout = 5.0
         self._proxies = proxies
         self._servers: dict[Way, _Server] = {}

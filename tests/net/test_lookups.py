@@ -1,0 +1,101 @@
+"""Lookups with a server that stalls, in this process, as its limits are long (U11)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock, deferLater
+from twisted.trial.unittest import TestCase
+
+from guixd.net.connections import Connection, Connections
+from guixd.net.lookups import STALL, Lookups
+from guixd.net.proxies import Proxies
+from guixd.net.requests import Answer
+from tests.net.servers import Asked, Server, answer
+
+
+class _Recorded(Connections):
+    """Remembers all of them."""
+
+    opening = 0
+
+    def __init__(self) -> None:
+        super().__init__(reactor, lambda: None)
+        self.opened: list[Connection] = []
+
+    async def open(self, *arguments: Any) -> Connection:
+        self.opening += 1
+        try:
+            connection = await super().open(*arguments)
+        finally:
+            self.opening -= 1
+        self.opened.append(connection)
+        return connection
+
+
+class StallTest(TestCase):
+    timeout = 30
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.connections = _Recorded()
+        self.addCleanup(self.close)
+        self.lookups = Lookups(self.clock, self.connections, Proxies())
+        self.answers: dict[int, Answer] = {}
+        self.held = 0
+        self.rest: Deferred[None] = Deferred()
+        self.done: Deferred[None] = Deferred()
+
+    def close(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self.close_all())
+
+    async def close_all(self) -> None:
+        self.connections.close()
+        while self.connections.opening or any(each.alive for each in self.connections.opened):
+            for each in self.connections.opened:
+                each.abort()
+            await deferLater(reactor, 0)
+
+    def ask(self, server: Server, count: int) -> None:
+        def answered(number: int, answer: Answer) -> None:
+            self.answers[number] = answer
+            if len(self.answers) + self.held == count and not self.rest.called:
+                self.rest.callback(None)
+            if len(self.answers) == count:
+                self.done.callback(None)
+
+        urls = [server.url(f"/{number}") for number in range(count)]
+        self.lookups.ask(urls, {}, False, answered)
+
+    async def test_servers_that_never_answer(self) -> None:
+        """U11: all questions fail at once."""
+        server = Server(self, lambda connection, _: None)
+        self.ask(server, 100)
+        for _ in range(8):
+            await server.arrivals.get()
+        self.clock.advance(STALL)
+        self.assertEqual(self.answers, {})
+        self.clock.advance(STALL)
+        await self.done
+        self.assertEqual({each.kind for each in self.answers.values()}, {"timeout"})
+        self.assertLess(len(server.requests), 10)
+
+    async def test_servers_that_answer_some(self) -> None:
+        """U11: the others fail, and the rest is asked."""
+
+        def script(connection: Asked, request: str) -> None:
+            if any(asked.startswith("GET /1 ") for asked in connection.requests):
+                self.held += 1
+            else:
+                connection.send(answer(b"x"))
+
+        server = Server(self, script)
+        self.ask(server, 50)
+        await self.rest
+        self.clock.advance(STALL)
+        self.clock.advance(STALL)
+        await self.done
+        kinds = [each.kind for each in self.answers.values()]
+        self.assertEqual((kinds.count(""), self.answers[1].kind), (49, "timeout"))
