@@ -7,11 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd import faults
+from guixd.formats import operations as op
+from guixd.formats.path import StoreDirectory
 from tests.crash.points import points
+from tests.load.peer import Ended, Peer
+from tests.service.program import PROGRAM, WAIT, Program
 
 _PROGRAM = """
 from guixd.faults import reached
@@ -20,6 +25,8 @@ for number in range(4):
     reached("a.made")
     print(number, flush=True)
 """
+
+_PLACES = ("NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_LOG_DIRECTORY")
 
 
 def run(fault: str) -> tuple[int, str]:
@@ -47,6 +54,26 @@ class FaultTests(SynchronousTestCase):
         self.assertEqual(run("a.made:5"), (0, "0\n1\n2\n3\n"))
         self.assertEqual(run("c.made"), (0, "0\n1\n2\n3\n"))
         self.assertEqual(run(""), (0, "0\n1\n2\n3\n"))
+
+    def test_daemon(self) -> None:
+        """A daemon whose environment says so dies where it says, and the next one goes on."""
+        request = op.AddTextToStore("text", b"text", ())
+        first = Program(self, PROGRAM, **{faults.VARIABLE: "text.written"})
+        first.state()
+        client = Peer(first.socket, StoreDirectory(first.directory + "/store"))
+        self.addCleanup(client.close)
+        client.greet()
+        self.assertRaises((Ended, ConnectionError), client.ask, request)
+        self.assertEqual(first.process.wait(WAIT), -signal.SIGKILL)
+        again = {name: first.environment[name] for name in _PLACES}
+        second = Program(self, PROGRAM, **again)
+        second.state()
+        client = Peer(first.socket, StoreDirectory(first.directory + "/store"))
+        self.addCleanup(client.close)
+        client.greet()
+        path = client.ask(request)
+        self.assertEqual(Path(path).read_bytes(), b"text")
+        self.assertEqual(second.end()[0], 0)
 
     def test_names(self) -> None:
         """Names have an area and a state."""
