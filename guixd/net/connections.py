@@ -128,6 +128,7 @@ class Connection(Protocol):
         self._reader = ResponseReader(self)
         self._persistent = True
         self._paused = False
+        self.low = 0
         self.answered = 0
         self.received = 0
         self.alive = True
@@ -150,9 +151,10 @@ class Connection(Protocol):
         """Whether another request can be sent."""
         return self.alive and self._persistent
 
-    def adopt(self, idle: Callable[[Connection], None], lost: Lost) -> None:
-        """Tell others from now on."""
+    def adopt(self, idle: Callable[[Connection], None], lost: Lost, low: int = 0) -> None:
+        """Tell others from now on; IDLE already when LOW exchanges have not ended."""
         self._idle, self._lost = idle, lost
+        self.low = low
 
     def send(self, exchange: Exchange) -> None:
         """Send a request."""
@@ -234,7 +236,7 @@ class Connection(Protocol):
         if not self._persistent:
             if self.alive:
                 self.transport.abortConnection()
-        elif not self._exchanges and self.alive:
+        elif len(self._exchanges) <= self.low and self.alive:
             self._idle(self)
 
 

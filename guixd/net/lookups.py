@@ -137,12 +137,11 @@ class _Server:
         connections = self._lookups.connections
         try:
             connection = connections.take(self._way)
-            if connection is not None:
-                connection.adopt(self._idle, self._lost)
-            else:
-                connection = await connections.open(
-                    self._way, self._lookups.connect_timeout, self._lost, self._idle
-                )
+            if connection is None:
+                timeout = self._lookups.connect_timeout
+                connection = await connections.open(self._way, timeout, self._lost, self._idle)
+            # It shall never wait for new questions while answers are on the way.
+            connection.adopt(self._idle, self._lost, DEPTH // 2)
         except FetchError as error:
             self._opening -= 1
             if not self._connections and not self._opening:
