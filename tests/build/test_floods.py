@@ -17,6 +17,7 @@ from guixd.build.launcher import CHUNK
 from guixd.build.logs import QUEUE_LIMIT, log_file
 from guixd.formats.path import StorePath
 from tests.build.graph import World, reactor
+from tests.support import requires_root
 
 MIB = 1 << 20
 PIPE = 1 << 20
@@ -55,6 +56,7 @@ class Digest:
         return waiter
 
 
+@requires_root
 class FloodTests(TestCase):
     """Everything arrives everywhere, in bounded memory."""
 
