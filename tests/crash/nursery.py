@@ -26,6 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import prctl
+
 from guixd import faults
 
 CHECKOUT = Path(__file__).parents[2]
@@ -149,6 +151,7 @@ def _daemon(
     arguments: list[str], environ: dict[str, str], log: str, control: socket.socket, calls: Calls
 ) -> None:
     """Be a daemon, from its command line on."""
+    prctl.set_pdeathsig(signal.SIGKILL)  # should the test be killed, and the nursery end with it
     os.setsid()
     os.environ.clear()
     os.environ.update(environ)
@@ -250,8 +253,6 @@ def _bury() -> list[str]:
 def main(number: int) -> None:
     """Obey the test at the other end of the socket NUMBER until it closes that."""
     import gc
-
-    import prctl
 
     import guixd.service.builder
     import guixd.service.tap  # noqa: F401
