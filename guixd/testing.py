@@ -60,10 +60,12 @@ class TemporaryDaemon:
         :param directory: absolute, without symbolic links; made by the caller.
         :param builder: what builds, or what makes it.
         :param environ: the daemon's environment, where proxies are; by default an empty one.
-        :param options: fields of `Settings`.
+        :param options: fields of `Settings`; other than there, no server is asked for
+            substitutes by default.
         """
         self._reactor = reactor
         options.setdefault("durable", False)  # it costs time on a busy disk
+        options.setdefault("substitute_urls", ())
         settings = Settings(directories=directories_below(directory), **options)
         factory: Any = builder if callable(builder) else lambda _daemon, _store: builder
         self.service = GuixdService(reactor, settings, builder=factory, environ=environ or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -11,6 +12,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from guixd.build import substitution
+from guixd.build.available import Search
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
@@ -18,18 +21,22 @@ from guixd.build.cgroups import Cgroups, Unavailable, own_place
 from guixd.build.chains import rank
 from guixd.build.claims import Claims
 from guixd.build.container import Host
+from guixd.build.contents import is_intact
 from guixd.build.diskspace import DiskSpace
 from guixd.build.download import DownloadTools
 from guixd.build.durations import Durations
 from guixd.build.goals import RequestRun
 from guixd.build.plan import Goal, Planner
-from guixd.build.request import BuildMode, BuildRequest
+from guixd.build.request import BuildMode, BuildRequest, Roots, Wanted
 from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, Common, SharedBuild
+from guixd.build.substitutes import Substitutes
+from guixd.build.substitution import Substitution
 from guixd.build.threads import Threads
 from guixd.build.turns import Turns
 from guixd.build.users import BuildUserPool, pool_of
 from guixd.build.workshop import Workshop
+from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
 from guixd.net.receiving import FetcherLike
@@ -46,6 +53,7 @@ class Engine:
     :param threads: where blocking steps run, see `threads.pool_threads`.
     :param launcher: an `interfaces.ILauncher`.
     :param fetcher: an `interfaces.IFetcher`; without it nothing is downloaded.
+    :param substitutes: what need not be built; without it everything is.
     :param users: who builders run as; by default what SETTINGS say.
     """
 
@@ -59,6 +67,7 @@ class Engine:
         users: BuildUserPool | None = None,
         *,
         fetcher: FetcherLike | None = None,
+        substitutes: Substitutes | None = None,
     ) -> None:
         self._users = users or pool_of(settings, reactor)
         builtins = None
@@ -82,7 +91,8 @@ class Engine:
             reactor, threads, settings.directories.state + "/build-durations"
         )
         self._durations.load()
-        self._claims = Claims()
+        self._substitutes = substitutes
+        self._claims = Claims() if substitutes is None else substitutes.claims
         places = (settings.directories.store, settings.directories.temporary)
         disk = DiskSpace(places, settings.min_free_disk)
         self._common = Common(self._workshop, self._scheduler, self._claims, self._durations, disk)
@@ -109,29 +119,106 @@ class Engine:
         own = shop.store.temp_roots() if request.roots is None else None
         roots: Any = request.roots or own
         try:
-            planner = Planner(
-                shop.reactor,
-                shop.threads,
-                shop.store,
-                roots,
-                request.mode,
-                failures=(request.options.settings or shop.settings).cache_failures,
-            )
-            await planner.plan(request.wanted)
-            goals = planner.goals.values()
-            if goals:
-                await self._rank(goals)
-                options = request.options
-                share = self._scheduler.share(options.max_jobs, client=options.client_uid)
-                run = RequestRun(shop.reactor, self, goals, request, observer, share)
-                self._runs.add(run)
-                try:
-                    await run.run()
-                finally:
-                    self._runs.discard(run)
+            if request.mode is BuildMode.REPAIR:
+                request = await self._repair_by_substitutes(request, observer)
+            elif request.mode is BuildMode.NORMAL:
+                is_valid = shop.store.database.is_valid
+                missing = [
+                    Wanted(want.path, itself=True)
+                    for want in request.wanted
+                    if want.is_build and not is_valid(want.path)
+                ]
+                if missing:
+                    await self._attempts(replace(request, wanted=tuple(missing)), observer, roots)
+            await self._attempts(request, observer, roots)
         finally:
             if own is not None:
                 own.close()
+
+    async def _attempts(self, request: BuildRequest, observer: Observer, roots: Roots) -> None:
+        """Carry REQUEST out, once more without each substitute that could not be had."""
+        given_up: set[StorePath] = set()
+        while True:
+            failed = await self._attempt(request, observer, roots, given_up)
+            if failed <= given_up:
+                return
+            given_up |= failed
+
+    async def _attempt(
+        self, request: BuildRequest, observer: Observer, roots: Roots, but: Collection[StorePath]
+    ) -> set[StorePath]:
+        """Carry REQUEST out without substitutes for BUT; return what could not be had."""
+        shop, options = self._workshop, request.options
+        available = None
+        if request.mode is BuildMode.NORMAL and self._substitutes and options.use_substitutes:
+            search = Search(shop.reactor, shop.store, self._substitutes, options, observer, but)
+            available = await search.run(request.wanted)
+        planner = Planner(
+            shop.reactor,
+            shop.threads,
+            shop.store,
+            roots,
+            request.mode,
+            failures=(options.settings or shop.settings).cache_failures,
+            available=available,
+        )
+        await planner.plan(request.wanted)
+        goals = planner.goals.values()
+        if not goals:
+            return set()
+        await self._rank(goals)
+        for goal in goals:
+            if goal.offer is not None and available is not None:
+                # What has the most below it comes first, and of that the largest.
+                size = goal.offer.download_size or goal.offer.narinfo.nar_size
+                goal.priority = (-available.depths[goal.path], -size)
+        share = self._scheduler.share(options.max_jobs, client=options.client_uid)
+        run = RequestRun(shop.reactor, self, goals, request, observer, share)
+        self._runs.add(run)
+        try:
+            await run.run()
+        finally:
+            self._runs.discard(run)
+        return run.given_up
+
+    async def _repair_by_substitutes(
+        self, request: BuildRequest, observer: Observer
+    ) -> BuildRequest:
+        """Replace what is damaged by substitutes; return what is left of REQUEST.
+
+        :raises BuildError: an item that cannot be built cannot be replaced.
+        """
+        shop, substitutes = self._workshop, self._substitutes
+        database = shop.store.database
+        left = []
+        for want in request.wanted:
+            paths = [want.path]
+            if want.is_build:
+                left.append(want)
+                known = (
+                    database.derivation_outputs(want.path) if database.is_valid(want.path) else {}
+                )
+                paths = [p for n, p in known.items() if not want.outputs or n in want.outputs]
+            for path in paths:
+                info = database.find_path_info(path)
+                if info is not None and await shop.threads(is_intact, path, info.nar_hash):
+                    continue
+                result = None
+                if substitutes is not None and request.options.use_substitutes:
+                    result = await substitutes.repair(path, request.options, observer)
+                if not want.is_build and (result is None or not result.status.succeeded):
+                    text = "there are no substitutes" if result is None else result.text
+                    raise BuildError(f"cannot repair path `{path}': {text}")
+        return replace(request, wanted=tuple(left))
+
+    def substitute(
+        self, goal: Goal, request: RequestRun, observer: Observer
+    ) -> tuple[Substitution, substitution.Attachment]:
+        """Let REQUEST take part in the download of what GOAL offers."""
+        assert goal.offer is not None
+        assert self._substitutes is not None
+        options = request.request.options
+        return self._substitutes.attach(goal.offer, options, goal.priority, observer)
 
     async def _rank(self, goals: Collection[Goal]) -> None:
         turns = Turns(self._workshop.reactor)
@@ -184,7 +271,10 @@ class Engine:
         for running in list(self._requests):
             running.cancel()
         # Not the builds' own Deferreds: others wait on them, too.
-        ended = DeferredList([self._when_ended(build) for build in self._ending])
+        waiting = [self._when_ended(build) for build in self._ending]
+        if self._substitutes is not None:
+            waiting.append(self._substitutes.stop())
+        ended = DeferredList(waiting)
         self._durations.stop()
 
         def stopped(_: object) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
+from guixd.build import substitution
 from guixd.build.broadcast import Observer
 from guixd.build.plan import Goal
 from guixd.build.request import BuildRequest, Level
 from guixd.build.results import Result, Status
 from guixd.build.scheduler import Share
 from guixd.build.shared import Attachment, SharedBuild
+from guixd.build.substitution import Substitution
 from guixd.build.turns import Turns
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
@@ -25,8 +27,26 @@ STOPPING = "the build daemon is stopping and begins no more builds; try again wh
 CIRCLE = "derivations depend on each other in a circle"
 
 
+class Running(Protocol):
+    """A build, or a download, that clients take part in."""
+
+    path: StorePath
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it waits for a slot that none of its clients can ever get."""
+
+    def detach(self, attachment: Any) -> None:
+        """Let a client go."""
+
+
 class Builds(Protocol):
     """Gives the running or a new build of a derivation; the engine."""
+
+    def substitute(
+        self, goal: Goal, request: RequestRun, observer: Observer
+    ) -> tuple[Substitution, substitution.Attachment]:
+        """Let REQUEST take part in the download of what GOAL offers."""
 
     def attach(
         self, goal: Goal, request: RequestRun, observer: Observer, share: Share
@@ -35,7 +55,11 @@ class Builds(Protocol):
 
 
 class RequestRun:
-    """One request while it is carried out."""
+    """One request while it is carried out.
+
+    :ivar given_up: what could not be substituted, so that the request is to be planned
+        anew without it.
+    """
 
     def __init__(
         self,
@@ -52,10 +76,11 @@ class RequestRun:
         self._goals = goals
         self._observer = observer
         self._share = share
-        self._active: dict[StorePath, tuple[SharedBuild, Attachment]] = {}
+        self._active: dict[StorePath, tuple[Running, object]] = {}
         self._events: deque[tuple[Goal, Result | None]] = deque()
         self._working = False
-        self._hope: SharedBuild | None = None
+        self.given_up: set[StorePath] = set()
+        self._hope: Running | None = None
         """A build that was not stuck when last looked at."""
         self._left = len(goals)
         self._code = 1
@@ -134,12 +159,18 @@ class RequestRun:
 
     def _start(self, goal: Goal) -> None:
         """Begin with GOAL, whose inputs are all done, well or not."""
-        if goal.failed:
+        if goal.skipped or (goal.offer is not None and goal.failed):
+            self._events.append((goal, Result(Status.INCOMPLETE_CLOSURE)))
+        elif goal.failed:
             text = (
                 f"cannot build derivation `{goal.path}':"
                 f" {goal.failed} dependencies couldn't be built"
             )
             self._refuse(goal, Result(Status.DEPENDENCY_FAILED, text))
+        elif goal.offer is not None:
+            download, place = self._builds.substitute(goal, self, self._observer)
+            self._active[goal.path] = (download, place)
+            place.result.addCallback(lambda result: self._built(goal, result))
         elif goal.drv is None or goal.error:
             self._refuse(goal, self._refusal(goal))
         else:
@@ -166,25 +197,38 @@ class RequestRun:
     def _finished(self, goal: Goal, result: Result) -> None:
         self._left -= 1
         keep_going = self.request.options.keep_going
-        if not result.status.succeeded:
+        if goal.offer is not None and not result.status.succeeded:
+            result = self._not_substituted(goal, result)
+        if result.status.unavailable:
+            for dependent in goal.dependents:
+                dependent.skipped = True
+        elif not result.status.succeeded:
             self._code = max(self._code, result.status.code)
             if result.general:
                 self._general = self._general or result.text
                 if not self._ends_with_general:
                     self._observer.log(Level.ERROR, result.text)
-            if goal.top:
+            if goal.top or (goal.offer is not None and not keep_going):
                 self._failed.append(goal.path)
                 if not keep_going:
                     self._left = 0
         for dependent in goal.dependents:
             dependent.pending -= 1
-            if not result.status.succeeded:
+            if not result.status.succeeded and not result.status.unavailable:
                 dependent.failed += 1
             # Without keep-going, it does not wait for its other inputs any more.
             if not dependent.pending or (dependent.failed and not keep_going):
                 self._events.append((dependent, None))
         if not self._left:
             self._end()
+
+    def _not_substituted(self, goal: Goal, result: Result) -> Result:
+        """Return what it means that the download of GOAL has ended with RESULT."""
+        if result.status.unavailable or self.request.options.fallback:
+            self.given_up.add(goal.path)
+            return Result(Status.NO_SUBSTITUTERS, result.text)
+        text = f"{result.text}; use `--fallback' to build what cannot be downloaded"
+        return Result(result.status, text, general=True)
 
     @property
     def _ends_with_general(self) -> bool:

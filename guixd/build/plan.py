@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
+from guixd.build.available import Available
 from guixd.build.contents import is_intact
 from guixd.build.request import BuildMode, Roots, Wanted
 from guixd.build.results import result_of
 from guixd.build.scheduler import Priority
 from guixd.build.threads import Threads
-from guixd.build.turns import Turns
+from guixd.build.turns import BUSY_RETRY, Turns
 from guixd.errors import Busy, GuixdError
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
+from guixd.net.narinfos import Offer
 from guixd.store.local import LocalStore
-
-BUSY_RETRY = 0.1
-"""Seconds until what another process has for a moment is tried again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +36,8 @@ class Goal:
     :ivar pending: how many inputs are not built yet.
     :ivar failed: how many inputs could not be had.
     :ivar priority: what is smaller is built first; see `chains.rank`.
+    :ivar offer: the substitute, if this is not a derivation to build but an item to download.
+    :ivar skipped: whether it is not tried, as a substitute that it needs could not be had.
     """
 
     path: StorePath
@@ -51,6 +52,8 @@ class Goal:
     failed: int = 0
     dependents: list[Goal] = field(default_factory=list)
     priority: Priority = ()
+    offer: Offer | None = None
+    skipped: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -64,6 +67,7 @@ class Planner:
     :param roots: gets the derivations and outputs before they are looked at.
     :param mode: of what is asked for; what that needs is built as usual.
     :param failures: whether remembered failures count.
+    :param available: what can be substituted.
     :ivar goals: what is to be built.
     """
 
@@ -76,6 +80,7 @@ class Planner:
         mode: BuildMode = BuildMode.NORMAL,
         *,
         failures: bool = False,
+        available: Available | None = None,
     ) -> None:
         self.goals: dict[StorePath, Goal] = {}
         self._clock = clock
@@ -84,6 +89,7 @@ class Planner:
         self._roots = roots
         self._mode = mode
         self._failures = failures
+        self._available = available or Available()
         self._intact: dict[StorePath, bool] = {}
         self._protected: set[StorePath] = set()
         self._todo: list[Goal] = []
@@ -95,15 +101,19 @@ class Planner:
         """
         turns = Turns(self._clock)
         for want in wanted:
-            if want.path.is_derivation:
-                goal = await self._enter(want.path, want.outputs, self._mode)
-                if goal is not None:
+            if want.is_build:
+                goals = await self._needed(want.path, want.outputs, self._mode)
+                for goal in goals:
                     goal.top = True
-                elif self._mode is BuildMode.REPAIR:
+                if not goals and self._mode is BuildMode.REPAIR:
                     await self._enter_broken(want.path)
             else:
-                # Nothing can provide it; that is no failure of the request.
+                # If nothing can provide it, that is no failure of the request.
                 await self._protect(want.path)
+                if not self._store.database.is_valid(want.path):
+                    offered = self._offered([want.path])
+                    for goal in offered:
+                        goal.top = True
             await turns.give()
         while self._todo:
             await self._expand(self._todo.pop())
@@ -117,6 +127,35 @@ class Planner:
                 await deferLater(self._clock, BUSY_RETRY)
             else:
                 self._protected.add(path)
+
+    async def _needed(
+        self, path: StorePath, outputs: Iterable[str] | None, mode: BuildMode
+    ) -> list[Goal]:
+        """Return the goals that make OUTPUTS (none named: all) of the derivation PATH valid."""
+        if mode is BuildMode.NORMAL and self._available.offers and path not in self.goals:
+            database = self._store.database
+            known = self._store.derivation_outputs(path) if database.is_valid(path) else {}
+            names = set(outputs or ()) or set(known)
+            wanted = [output for name, output in known.items() if name in names]
+            missing = [output for output in wanted if not database.is_valid(output)]
+            if missing and self._available.offers.keys() >= set(missing):
+                await self._protect(path)
+                return self._offered(missing)
+        goal = await self._enter(path, outputs, mode)
+        return [] if goal is None else [goal]
+
+    def _offered(self, paths: Iterable[StorePath]) -> list[Goal]:
+        """Return the goals that substitute those of PATHS that are available."""
+        found = []
+        for path in paths:
+            goal = self.goals.get(path)
+            offer = self._available.offers.get(path)
+            if goal is None and offer is not None:
+                goal = self.goals[path] = Goal(path, None, offer=offer)
+                self._todo.append(goal)
+            if goal is not None:
+                found.append(goal)
+        return found
 
     async def _enter(
         self,
@@ -213,19 +252,23 @@ class Planner:
 
     async def _expand(self, goal: Goal) -> None:
         """Find what GOAL needs first."""
+        if goal.offer is not None:
+            await self._protect(goal.path)
+            references = goal.offer.narinfo.references - {goal.path}
+            invalid = [path for path in references if not self._store.database.is_valid(path)]
+            _wait_for(goal, self._offered(sorted(invalid)))
         if goal.drv is None:
             return
         for path, names in goal.drv.inputs.items():
             repair = goal.mode is BuildMode.REPAIR
             mode = BuildMode.REPAIR if repair else BuildMode.NORMAL
-            needed = await self._enter(path, names, mode)
-            if needed is not None:
-                goal.pending += 1
-                needed.dependents.append(goal)
-            if needed is None:
+            needed = await self._needed(path, names, mode)
+            _wait_for(goal, needed)
+            building = next((each for each in needed if each.offer is None), None)
+            if building is None:
                 unknown = sorted(set(names) - set(self._store.derivation_outputs(path)))
             else:
-                unknown = sorted(set(names) - set(needed.drv.outputs)) if needed.drv else []
+                unknown = sorted(set(names) - set(building.drv.outputs)) if building.drv else []
             if unknown:
                 goal.error = (
                     f"derivation `{goal.path}' uses the output `{unknown[0]}' of `{path}',"
@@ -233,7 +276,16 @@ class Planner:
                 )
         for source in goal.drv.sources:
             if not self._store.database.is_valid(source):
-                goal.failed += 1
+                offered = self._offered([source])
+                _wait_for(goal, offered)
+                if not offered:
+                    goal.failed += 1
+
+
+def _wait_for(goal: Goal, needed: Iterable[Goal]) -> None:
+    for each in needed:
+        goal.pending += 1
+        each.dependents.append(goal)
 
 
 def failed_before(path: StorePath) -> str:

@@ -43,6 +43,13 @@ class Wanted:
     path: StorePath
     outputs: frozenset[str] | None = None
     """Names of the wanted outputs; `None` for all."""
+    itself: bool = False
+    """Whether a derivation is wanted itself, not its outputs."""
+
+    @property
+    def is_build(self) -> bool:
+        """Whether it is about the outputs of a derivation."""
+        return self.path.is_derivation and not self.itself
 
 
 @dataclass(frozen=True, slots=True)

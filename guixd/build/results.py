@@ -12,6 +12,7 @@ class Status(Enum):
     """The ways a build ends."""
 
     BUILT = "built"
+    SUBSTITUTED = "substituted"
     ALREADY_VALID = "already-valid"
     PERMANENT_FAILURE = "permanent-failure"
     INPUT_REJECTED = "input-rejected"
@@ -21,11 +22,18 @@ class Status(Enum):
     TIMED_OUT = "timed-out"
     MISC_FAILURE = "misc-failure"
     DEPENDENCY_FAILED = "dependency-failed"
+    NO_SUBSTITUTERS = "no-substituters"
+    INCOMPLETE_CLOSURE = "incomplete-closure"
 
     @property
     def succeeded(self) -> bool:
         """Whether the outputs are valid."""
-        return self in (Status.BUILT, Status.ALREADY_VALID)
+        return self in (Status.BUILT, Status.SUBSTITUTED, Status.ALREADY_VALID)
+
+    @property
+    def unavailable(self) -> bool:
+        """Whether there was no substitute, which is no failure of its own."""
+        return self in (Status.NO_SUBSTITUTERS, Status.INCOMPLETE_CLOSURE)
 
     @property
     def code(self) -> int:

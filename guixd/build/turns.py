@@ -5,6 +5,8 @@ from __future__ import annotations
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
+BUSY_RETRY = 0.1
+"""Seconds until what another process has for a moment is tried again."""
 SLICE = 0.005
 """Seconds of work before others get a turn."""
 

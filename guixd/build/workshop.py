@@ -14,8 +14,8 @@ from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
 from guixd.build.cgroups import Cgroups
 from guixd.build.job import Interest
-from guixd.build.plan import BUSY_RETRY
 from guixd.build.threads import Threads
+from guixd.build.turns import BUSY_RETRY
 from guixd.build.users import BuildUserPool
 from guixd.errors import Busy
 from guixd.formats.derivation import Derivation

@@ -55,6 +55,7 @@ class SandboxBuilder:
             self._launcher,
             daemon.threads,
             fetcher=daemon.fetcher,
+            substitutes=daemon.substitutes,
         )
 
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:

@@ -51,10 +51,21 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
     await session.daemon.build(BuildRequest(tuple(items), mode, options, session.roots), session)
 
 
-def ensure(session: Session, request: op.EnsurePath) -> None:
-    """Test that a path is valid, as long as nothing can be substituted."""
-    if not session.store.database.is_valid(request.path):
-        raise BuildError(f"path '{request.path}' is not valid, and there is no substitute for it")
+async def ensure(session: Session, request: op.EnsurePath) -> None:
+    """Make a path valid, by a substitute if it is not."""
+    path, store = request.path, session.store
+    if len(path.base) <= HASH_LENGTH or "\0" in path:
+        raise NotInStore(f"'{path}' has no hash part and name, so it is not in the store")
+    if store.database.is_valid(path):
+        return
+    peer = session.peer
+    options = session.options.for_builds(*((None, None) if peer is None else (peer.uid, peer.gid)))
+    wanted = (Wanted(path, itself=True),)
+    await session.daemon.build(
+        BuildRequest(wanted, BuildMode.NORMAL, options, session.roots), session
+    )
+    if not store.database.is_valid(path):
+        raise BuildError(f"path '{path}' is not valid, and there is no substitute for it")
 
 
 HANDLERS: Handlers = {op.BuildPaths: settling(build), op.EnsurePath: settling(ensure)}

@@ -236,6 +236,7 @@ class SessionOptions:
             max_log_size=self._typed("build-max-log-size", self.settings.max_log_size),
             rounds=max(1, rounds),
             use_substitutes=self.use_substitutes,
+            substitute_urls=self.substitute_urls(),
             follow_downloads=self.follow_downloads,
             offload=self.offload,
             deduplicate=self.deduplicate,

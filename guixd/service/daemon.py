@@ -5,7 +5,7 @@ from __future__ import annotations
 import grp
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
@@ -27,6 +27,7 @@ from guixd.service import (
     collecting,
     optimising,
     queries,
+    substituting,
     verifying,
 )
 from guixd.service.builder import Builder, SandboxBuilder
@@ -41,6 +42,9 @@ from guixd.store import recovery
 from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
 
+if TYPE_CHECKING:
+    from guixd.build.substitutes import Substitutes
+
 _log = Logger()
 
 STOPPING = "the build daemon is stopping"
@@ -50,6 +54,7 @@ USER_CHECK = 60.0
 """Seconds until a user's profile directory is looked for again."""
 HANDLERS: Handlers = {
     **queries.HANDLERS,
+    **substituting.HANDLERS,
     **adding.HANDLERS,
     **archives.HANDLERS,
     **building.HANDLERS,
@@ -91,6 +96,7 @@ class Daemon:
         self._make_builder = builder
         self._environ = environ
         self._fetcher: FetcherLike | None = None
+        self._substitutes: Substitutes | None = None
         self._builder: Builder | None = None
         self._store: LocalStore | None = None
         self.encoded_infos: dict[StorePath, tuple[PathInfo, bytes]] = {}
@@ -225,6 +231,14 @@ class Daemon:
 
             self._fetcher = Fetcher(self.reactor, self._environ)
         return self._fetcher
+
+    @property
+    def substitutes(self) -> Substitutes:
+        """What servers have, for all clients; while the store is open."""
+        if self._substitutes is None:
+            assert self._store is not None
+            self._substitutes = substituting.make_substitutes(self, self._store, self._environ)
+        return self._substitutes
 
     async def drain(self) -> None:
         """Begin nothing more, and let what is at work go on for as long as the settings say."""

@@ -309,11 +309,9 @@ _EFFECTS: dict[str, _Effect] = {
 def not_effective(settings: Settings) -> tuple[str, ...]:
     """Name what SETTINGS ask for and this version does not do yet."""
     asked = {
-        "substitutes": settings.use_substitutes,
         "offloading": settings.offload,
         "discovery": settings.discover,
         "isolation of the host's loopback": settings.isolate_host_loopback,
-        "garbage collection": True,
     }
     return tuple(name for name, wanted in asked.items() if wanted)
 

@@ -142,21 +142,6 @@ def substitute_urls(session: Session, _request: op.SubstituteURLs) -> tuple[str,
     return session.options.substitute_urls()
 
 
-# Nothing can be substituted yet.
-
-
-def has_substitutes(_session: Session, _request: op.HasSubstitutes) -> bool:
-    return False
-
-
-def substitutable_info(_session: Session, _request: op.QuerySubstitutablePathInfo) -> None:
-    return None
-
-
-def substitutable(_session: Session, _request: object) -> tuple[()]:
-    return ()
-
-
 HANDLERS: Handlers = {
     op.IsValidPath: is_valid,
     op.QueryValidPaths: valid_paths,
@@ -173,10 +158,6 @@ HANDLERS: Handlers = {
     op.QueryFailedPaths: failed_paths,
     op.BuiltinBuilders: builtin_builders,
     op.SubstituteURLs: substitute_urls,
-    op.HasSubstitutes: has_substitutes,
-    op.QuerySubstitutablePathInfo: substitutable_info,
-    op.QuerySubstitutablePathInfos: substitutable,
-    op.QuerySubstitutablePaths: substitutable,
 }
 
 QUICK: QuickHandlers = {

@@ -11,11 +11,12 @@ from guixd.formats import operations as op
 from guixd.formats.messages import Next
 from guixd.formats.wire import encode_int, encode_string
 from guixd.service.queries import BUILTIN_BUILDERS
-from guixd.settings import DEFAULT_SUBSTITUTE_URLS
 from tests.service.world import DaemonCase, messages, set_options
 
 
 class QueryTests(DaemonCase):
+    options = {"substitute_urls": ("http://default",)}
+
     async def test_what_is_known(self) -> None:
         """P9, P11: what queries say of items, sorted and without duplicates."""
         client = await self.client()
@@ -72,6 +73,7 @@ class QueryTests(DaemonCase):
 
     async def test_nothing_to_substitute(self) -> None:
         client = await self.client()
+        await client.set_options(set_options(("substitute-urls", "")))
         path = self.path("x")
         self.assertFalse(await client.has_substitutes(path))
         self.assertEqual(await client.substitutable_paths([path]), ())
@@ -82,7 +84,7 @@ class QueryTests(DaemonCase):
         """P20: the builders that are built in, and where substitutes come from."""
         client = await self.client()
         self.assertEqual(await client.builtin_builders(), BUILTIN_BUILDERS)
-        self.assertEqual(await client.substitute_urls(), DEFAULT_SUBSTITUTE_URLS)
+        self.assertEqual(await client.substitute_urls(), ("http://default",))
         await client.set_options(set_options(("substitute-urls", "http://b http://a")))
         self.assertEqual(await client.substitute_urls(), ("http://b", "http://a"))
         await client.set_options(set_options(use_substitutes=False))

@@ -1,0 +1,146 @@
+"""Substitutes for all clients: what there is, and who takes part in which download."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, DeferredList
+
+from guixd.build.broadcast import Observer
+from guixd.build.claims import Claims
+from guixd.build.lanes import Lanes
+from guixd.build.request import ClientOptions, Level
+from guixd.build.results import Result, Status
+from guixd.build.scheduler import Priority
+from guixd.build.substitution import Attachment, Means, Substitution
+from guixd.build.threads import Threads
+from guixd.formats.path import StorePath
+from guixd.net.narinfos import Narinfos, Offer
+from guixd.net.receiving import FetcherLike
+from guixd.settings import Settings
+from guixd.store.local import LocalStore
+
+MOST_DISCOVERED = 50
+_LONGEST_LIST = 1 << 20
+
+
+class Substitutes:
+    """The substitutes of one store.
+
+    :param claims: shared with what builds, so that no path is made twice.
+    :ivar claims: the same.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        threads: Threads,
+        settings: Settings,
+        store: LocalStore,
+        claims: Claims,
+        narinfos: Narinfos,
+        fetcher: FetcherLike,
+        lanes: Lanes | None = None,
+    ) -> None:
+        self.claims = claims
+        self._settings = settings
+        self._threads = threads
+        self._narinfos = narinfos
+        self._means = Means(reactor, threads, store, claims, lanes or Lanes(), narinfos, fetcher)
+        self._running: dict[StorePath, Substitution] = {}
+        self._ending: set[Substitution] = set()
+
+    async def find(
+        self, paths: Collection[StorePath], options: ClientOptions, observer: Observer
+    ) -> dict[StorePath, Offer]:
+        """Return what there is of PATHS for a client, nothing if it wants no substitutes."""
+        if not options.use_substitutes or not paths:
+            return {}
+        servers = options.substitute_urls
+        if self._settings.discover:
+            found = await self._threads(_discovered, self._settings.directories.state)
+            servers = (*found, *servers)
+        return await self._narinfos.find(
+            paths, servers, lambda line: observer.log(Level.ERROR, line)
+        )
+
+    def attach(
+        self, offer: Offer, options: ClientOptions, priority: Priority, observer: Observer
+    ) -> tuple[Substitution, Attachment]:
+        """Let a client take part in the substitution of OFFER, which begins if it does not run."""
+        path = offer.narinfo.path
+        substitution = self._running.get(path)
+        if substitution is not None and not substitution.abandoned:
+            return substitution, substitution.attach(observer, options)
+        return self._begin(Substitution(self._means, offer, options, priority), observer, options)
+
+    def _begin(
+        self, substitution: Substitution, observer: Observer, options: ClientOptions
+    ) -> tuple[Substitution, Attachment]:
+        if not substitution.repairs:
+            self._running[substitution.path] = substitution
+        self._ending.add(substitution)
+        attachment = substitution.attach(observer, options)
+        substitution.ended.addCallback(lambda _: self._forget(substitution))
+        substitution.start()
+        return substitution, attachment
+
+    def _forget(self, substitution: Substitution) -> None:
+        self._ending.discard(substitution)
+        if self._running.get(substitution.path) is substitution:
+            del self._running[substitution.path]
+
+    async def repair(self, path: StorePath, options: ClientOptions, observer: Observer) -> Result:
+        """Replace what is at PATH, valid or not, by a substitute if there is one (build §6).
+
+        What it refers to must be valid.
+
+        :return: of status `SUBSTITUTED`, or why that was not possible.
+        """
+        offer = (await self.find([path], options, observer)).get(path)
+        if offer is None:
+            text = f"there is no substitute for `{path}'"
+            return Result(Status.NO_SUBSTITUTERS, text)
+        database = self._means.store.database
+        if database.valid_paths(offer.narinfo.references - {path}) != (
+            offer.narinfo.references - {path}
+        ):
+            text = f"something that the substitute for `{path}' refers to is not valid"
+            return Result(Status.INCOMPLETE_CLOSURE, text)
+        substitution, attachment = self._begin(
+            Substitution(self._means, offer, options, (), repair=True), observer, options
+        )
+        try:
+            return await attachment.result
+        finally:
+            substitution.detach(attachment)
+
+    def stop(self) -> Deferred[None]:
+        """Give all downloads up; the Deferred fires when nothing of them is left."""
+        waiting: list[Deferred[None]] = []
+        for substitution in list(self._ending):
+            ended: Deferred[None] = Deferred()
+            substitution.ended.addCallback(_firing(ended))
+            waiting.append(ended)
+            substitution.give_up()
+        return DeferredList(waiting).addCallback(lambda _: None)
+
+
+def _firing(ended: Deferred[None]) -> Callable[[None], None]:
+    return ended.callback
+
+
+def _discovered(state: str) -> tuple[str, ...]:
+    """Return the servers that were discovered in the local network (§11)."""
+    try:
+        with Path(state, "discover/publish").open("rb") as file:
+            lines = file.read(_LONGEST_LIST).decode("ascii", "replace").split()
+    except OSError:
+        return ()
+    servers = list(dict.fromkeys(line for line in lines if line.startswith("http://")))
+    if len(servers) > MOST_DISCOVERED:
+        servers = random.sample(servers, MOST_DISCOVERED)
+    return tuple(servers)

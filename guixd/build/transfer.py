@@ -1,0 +1,142 @@
+"""An archive on its way from a server, or a file, into the staging place (substitutes §7, §9)."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from guixd.build.threads import Threads
+from guixd.build.watchers import Event
+from guixd.errors import FetchError
+from guixd.formats.sizes import size_text as padded_size
+from guixd.net.codecs import BadData, decoder
+from guixd.net.places import Place
+from guixd.net.receiving import FetcherLike, receive
+from guixd.net.requests import Head, Request
+from guixd.store.incoming import Incoming
+
+CONNECT_TIMEOUT = 5.0
+IDLE_TIMEOUT = 30.0
+"""Seconds until something must come; then the next place is tried."""
+_BLOCK = 256 << 10
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Transfer:
+    """One attempt to take an archive in from one place.
+
+    :param tell: gets what happened.
+    :param progress: gets lines for programs and for people, often.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        threads: Threads,
+        fetcher: FetcherLike,
+        place: Place,
+        incoming: Incoming,
+        tell: Callable[[Event], None],
+        progress: Callable[[str, str], None],
+    ) -> None:
+        self._reactor = reactor
+        self._threads = threads
+        self._fetcher = fetcher
+        self._place = place
+        self._incoming = incoming
+        self._tell = tell
+        self._progress = progress
+        self._size = place.size
+        self._begun = False
+
+    async def run(self) -> None:
+        """Take all of it in and compare it with what it should be.
+
+        :raises FetchError: it did not come whole.
+        :raises BadArchive: what came is no archive, or not as long as it should be.
+        :raises WrongHash: it is another one.
+        :raises StoreError: it could not be written.
+        """
+        if self._place.local:
+            self._begin(None)
+            size = await self._threads(self._from_file)
+        else:
+            fetched = await receive(
+                self._reactor,
+                self._threads,
+                self._fetcher,
+                self._request(),
+                self._incoming.feed,
+                head=self._begin,
+                progress=self._went_on,
+            )
+            size = fetched.head.offset + fetched.received
+        self._tell(Event(self._line("progress", size), download=True))
+        text = f"downloaded {self._name}: {size_text(size)}"
+        self._tell(Event(self._line("succeeded", size, of_all=True), text, download=True))
+        self._tell(Event("", download=True))
+        await self._threads(self._incoming.finish)
+
+    def _request(self) -> Request:
+        return Request(
+            self._place.url,
+            verify=False,  # signatures tell what is right
+            compression=self._place.compression,
+            limit=self._incoming.nar_size,
+            schemes=("http", "https"),
+            connect_timeout=CONNECT_TIMEOUT,
+            idle_timeout=IDLE_TIMEOUT,
+        )
+
+    @property
+    def _name(self) -> str:
+        return self._incoming.path.base
+
+    def _begin(self, head: Head | None) -> None:
+        if self._size is None and head is not None:
+            self._size = head.size
+        size = "" if self._size is None else f" ({size_text(self._size)})"
+        text = f"downloading {self._name} from {self._place.name}{size}..."
+        self._tell(Event(self._line("started"), text, download=True))
+
+    def _went_on(self, done: int) -> None:
+        text = f"downloading {self._name}: {size_text(done)}"
+        if self._size:
+            text += f" of {size_text(self._size)}, {min(done * 100 // self._size, 100)} %"
+        self._progress(self._line("progress", done), text)
+
+    def _line(self, what: str, done: int | None = None, *, of_all: bool = False) -> str:
+        size = self._size
+        if of_all and done is not None:
+            size, done = done, None
+        words = [self._incoming.path, self._place.name, "-" if size is None else str(size)]
+        if done is not None:
+            words.append(str(done))
+        return f"@ download-{what} {' '.join(words)}"
+
+    def _from_file(self) -> int:
+        """Take in the file of this machine; return how many bytes it has.  Blocks."""
+        name, done = self._place.url, 0
+        try:
+            codec = decoder(self._place.compression)
+            fd = os.open(name, _FLAGS)
+            with os.fdopen(fd, "rb", buffering=0) as file:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise FetchError("url", f"{name} is not a regular file")
+                while data := file.read(_BLOCK):
+                    done += len(data)
+                    for part in codec.feed(data):
+                        self._incoming.feed(part)
+                codec.end()
+        except OSError as error:
+            raise FetchError("url", f"{name}: {error.strerror}") from None
+        except BadData as error:
+            raise FetchError("body", str(error)) from None
+        return done
+
+
+def size_text(size: int) -> str:
+    """Write SIZE in bytes for people, within a line."""
+    return padded_size(size).strip()

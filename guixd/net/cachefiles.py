@@ -1,0 +1,131 @@
+"""The directory in which answers of substitute servers are kept (spec: substitutes §6).
+
+Other programs keep theirs there, too, in the same form.  All functions block.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from guixd.formats import narinfocache
+from guixd.formats.narinfo import MOST_BYTES
+from guixd.formats.narinfocache import CacheEntry
+
+HOUSEKEEPING = 5 * 24 * 3600
+"""Seconds between two times that old files are removed."""
+LONGEST_KEPT = 2 * 24 * 3600
+"""Seconds after which a file is old, if it does not say that it is so earlier."""
+_LATEST = "last-expiry-cleanup"
+_LONGEST = 3 * MOST_BYTES
+_HEAD = 4096
+_DATES = re.compile(rb"\(date ([0-9]{1,18})\)\s*\(ttl ([0-9]{1,18})\)")
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class CacheFiles:
+    """The files below DIRECTORY, which is made when something is to be kept.
+
+    What cannot be read or written is as if it were not there.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def read(self, uri: str, names: Iterable[str]) -> dict[str, CacheEntry]:
+        """Return what is kept of the server URI for the hash parts NAMES, even if it is old."""
+        found: dict[str, CacheEntry] = {}
+        place = self._place(uri)
+        if not os.path.isdir(place):
+            return found
+        for name in names:
+            data = _contents(f"{place}/{name}", _LONGEST)
+            entry = None if data is None else narinfocache.parse(data)
+            if entry is not None and entry.uri == uri:
+                found[name] = entry
+        return found
+
+    def write(self, uri: str, entries: Mapping[str, CacheEntry]) -> None:
+        """Keep ENTRIES, by hash part, of the server URI."""
+        place = self._place(uri)
+        try:
+            os.makedirs(place, 0o755, exist_ok=True)
+            for name, entry in entries.items():
+                _replace(f"{place}/{name}", narinfocache.serialise(entry))
+        except OSError:
+            pass  # a full or read-only disk is no reason not to go on
+
+    def tidy(self, now: int) -> None:
+        """Remove old files, unless somebody did so not long ago.
+
+        :param now: seconds since the epoch.
+        """
+        try:
+            fd = os.open(
+                f"{self._directory}/{_LATEST}",
+                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o644,
+            )
+        except OSError:
+            return
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            latest = os.read(fd, 32).strip()
+            if latest.isdigit() and 0 <= now - int(latest) < HOUSEKEEPING:
+                return
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(now).encode(), 0)
+            for place in os.scandir(self._directory):
+                if place.is_dir(follow_symlinks=False):
+                    _expire(place.path, now)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+    def _place(self, uri: str) -> str:
+        return f"{self._directory}/{narinfocache.directory_name(uri)}"
+
+
+def _contents(path: str, most: int) -> bytes | None:
+    """Return the contents of the file PATH, None if it cannot be read or has more than MOST."""
+    try:
+        fd = os.open(path, _FLAGS)
+    except OSError:
+        return None
+    try:
+        data = os.read(fd, most + 1)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return data if len(data) <= most else None
+
+
+def _replace(path: str, data: bytes) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o644)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def _expire(place: str, now: int) -> None:
+    for file in os.scandir(place):
+        try:
+            fd = os.open(file.path, _FLAGS)
+        except OSError:
+            continue
+        try:
+            dates = _DATES.search(os.read(fd, _HEAD))
+        except OSError:
+            dates = None
+        finally:
+            os.close(fd)
+        if dates is None or int(dates[1]) + min(int(dates[2]), LONGEST_KEPT) < now:
+            os.unlink(file.path)

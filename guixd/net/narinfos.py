@@ -1,0 +1,365 @@
+"""What substitute servers offer: lookups for all clients, with one cache (substitutes §3 to §6).
+
+A question that somebody has asked already is not asked again: answers are kept in memory
+and in files, and who asks the same meanwhile waits for the same answer.  A server that
+cannot be reached is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from guixd.errors import BadNarinfo
+from guixd.formats import narinfo
+from guixd.formats.narinfo import Narinfo
+from guixd.formats.narinfocache import CacheEntry
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.net.cachefiles import CacheFiles
+from guixd.net.requests import Answer
+
+_log = Logger()
+
+TTL_FOUND = 36 * 3600
+TTL_ABSENT = 120
+TTL_ERROR = 60
+"""Seconds for which an answer holds, if the server does not say."""
+LONGEST_TTL = 7 * 24 * 3600
+DOWN = 60.0
+"""Seconds for which a server that could not be reached is left alone."""
+MOST_KEPT = 48 << 20
+"""Bytes of narinfos in memory, more or less."""
+_COST = 512
+"""Bytes that an answer needs besides its text."""
+_AT_ONCE = 256
+"""How many answers are judged, or read from files, in one step of a thread."""
+
+Tell = Callable[[str], object]
+"""Gets a line for the user."""
+Threads = Callable[..., Deferred[Any]]
+
+
+class Lookups(Protocol):
+    """Asks servers many questions at once; the fetcher."""
+
+    def lookup(
+        self, urls: Sequence[str], answered: Callable[[int, Answer], None]
+    ) -> Awaitable[None]:
+        """GET all URLS of one server; ANSWERED gets the index of each and its answer."""
+
+
+Judge = Callable[[Sequence[Narinfo]], Sequence[bool]]
+"""Says of each whether a key of the access control list has signed it; blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A server, and what it says of an item."""
+
+    server: str
+    narinfo: Narinfo
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A substitute that may be used.
+
+    :ivar narinfo: what is known of the item, all of it signed by an authorised key.
+    :ivar sources: where it can be had, in the order of the servers.
+    """
+
+    narinfo: Narinfo
+    sources: tuple[Source, ...]
+
+    @property
+    def download_size(self) -> int:
+        """Bytes to transfer, 0 if unknown."""
+        return self.sources[0].narinfo.download_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    expiry: float
+    narinfo: Narinfo | None
+    cost: int
+
+
+_Key = tuple[str, StorePath]
+
+
+class Narinfos:
+    """The narinfos of all servers.
+
+    :param threads: calls functions where they may block.
+    :param directory: where answers are kept in files.
+    :param judge: called in threads.
+    :param wall: gives seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        threads: Threads,
+        lookups: Lookups,
+        store: StoreDirectory,
+        directory: str,
+        judge: Judge,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self._threads = threads
+        self._lookups = lookups
+        self._store = store
+        self._files = CacheFiles(directory)
+        self._judge = judge
+        self._wall = wall
+        self._kept: dict[_Key, _Kept] = {}
+        self._cost = 0
+        self._asked: dict[_Key, list[Deferred[Narinfo | None]]] = {}
+        self._down: dict[str, tuple[float, str]] = {}
+        self._tidied = False
+
+    async def find(
+        self, paths: Collection[StorePath], servers: Sequence[str], tell: Tell = lambda line: None
+    ) -> dict[StorePath, Offer]:
+        """Return what can be had of PATHS from SERVERS, the first ones preferred (§5).
+
+        Servers that do not answer are passed over.
+
+        :param tell: gets a line for each of those, once.
+        """
+        offers: dict[StorePath, Offer] = {}
+        said: dict[StorePath, list[Source]] = {}
+        left = list(dict.fromkeys(paths))
+        for server in servers:
+            if not left:
+                break
+            answers = await self._ask(server, left, tell)
+            for path, found in answers.items():
+                said.setdefault(path, []).append(Source(server, found))
+            for path in await self._authorised(answers):
+                offers[path] = _offer(answers[path], said[path])
+            left = [path for path in left if path not in offers]
+        return offers
+
+    async def more(
+        self, offer: Offer, servers: Sequence[str], tell: Tell = lambda line: None
+    ) -> tuple[Source, ...]:
+        """Return all places of OFFER, also from those of SERVERS that were not asked for it."""
+        path = offer.narinfo.path
+        sources: list[Source] = []
+        for server in servers:
+            answers = await self._ask(server, [path], tell)
+            if path in answers and answers[path].is_equivalent(offer.narinfo):
+                sources.append(Source(server, answers[path]))
+        return tuple(sources)
+
+    # --- judging -------------------------------------------------------------------
+
+    async def _authorised(self, answers: Mapping[StorePath, Narinfo]) -> list[StorePath]:
+        signed = [(path, found) for path, found in answers.items() if found.signature]
+        good: list[StorePath] = []
+        for start in range(0, len(signed), _AT_ONCE):
+            part = signed[start : start + _AT_ONCE]
+            verdicts = await self._threads(self._judge, [found for _, found in part])
+            good += [path for (path, _), verdict in zip(part, verdicts, strict=True) if verdict]
+        return good
+
+    # --- asking --------------------------------------------------------------------
+
+    async def _ask(
+        self, server: str, paths: Sequence[StorePath], tell: Tell
+    ) -> dict[StorePath, Narinfo]:
+        """Return what SERVER says of PATHS, authorised or not."""
+        now = self._wall()
+        answers: dict[StorePath, Narinfo] = {}
+        missing: list[StorePath] = []
+        waiting: list[tuple[StorePath, Deferred[Narinfo | None]]] = []
+        for path in paths:
+            key = server, path
+            kept = self._kept.get(key)
+            if kept is not None and kept.expiry > now:
+                if kept.narinfo is not None:
+                    answers[path] = kept.narinfo
+                continue
+            waiters = self._asked.get(key)
+            if waiters is None:
+                waiters = self._asked[key] = []
+                missing.append(path)
+            waiter: Deferred[Narinfo | None] = Deferred(waiters.remove)
+            waiters.append(waiter)
+            waiting.append((path, waiter))
+        if missing:
+            # Others may wait for the same answers, so the asking goes on without us.
+            asking = Deferred.fromCoroutine(self._obtain(server, missing))
+            asking.addErrback(lambda failure: _log.failure("a lookup went wrong", failure))
+        try:
+            while waiting:
+                path, waiter = waiting.pop()
+                found = await waiter
+                if found is not None:
+                    answers[path] = found
+        finally:
+            for _, waiter in waiting:
+                waiter.addErrback(lambda _: None)
+                waiter.cancel()
+        down = self._why_down(server)
+        if down:
+            tell(f"substitute server '{_host(server)}' is left alone for a while: {down}")
+        return answers
+
+    async def _obtain(self, server: str, paths: Sequence[StorePath]) -> None:
+        left = dict.fromkeys(paths)
+        try:
+            for start in range(0, len(paths), _AT_ONCE):
+                part = paths[start : start + _AT_ONCE]
+                names = [path.hash_part for path in part]
+                files = await self._threads(self._files.read, server, names)
+                now = self._wall()
+                for path in part:
+                    entry = files.get(path.hash_part)
+                    if entry is not None and entry.expiry > now >= entry.date - TTL_FOUND:
+                        known = self._read(entry.value, path)
+                        if known is not None or entry.value is None:
+                            self._settle(server, path, known, entry.expiry, len(entry.value or b""))
+                            del left[path]
+            if left and not self._why_down(server):
+                await self._look_up(server, left)
+        finally:
+            for path in left:
+                self._fire(server, path, None)
+        if not self._tidied:
+            self._tidied = True
+            await self._threads(self._files.tidy, int(self._wall()))
+
+    async def _look_up(self, server: str, left: dict[StorePath, None]) -> None:
+        """Ask SERVER for all that is LEFT, and take what it answers out of it."""
+        paths = list(left)
+        base = server.rstrip("/")
+        to_keep: dict[str, CacheEntry] = {}
+
+        def answered(index: int, answer: Answer) -> None:
+            path = paths[index]
+            if not answer.status:
+                self._failed(server, answer.kind, answer.body.decode("utf-8", "replace"))
+                return
+            del left[path]
+            entry = self._judge_answer(server, path, answer)
+            if entry is not None:
+                to_keep[path.hash_part] = entry
+
+        if urlsplit(server).scheme in ("http", "https"):
+            self._down.pop(_host(server), None)
+            await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
+        else:
+            await self._read_files(server, paths, answered)
+            to_keep.clear()  # they are near enough
+        if to_keep:
+            await self._threads(self._files.write, server, to_keep)
+
+    async def _read_files(
+        self, server: str, paths: Sequence[StorePath], answered: Callable[[int, Answer], None]
+    ) -> None:
+        """Answer from the directory that SERVER is."""
+        directory = file_name(server)
+        for index, path in enumerate(paths):
+            if directory is None:
+                answer = Answer(0, b"what is not http(s) or a directory is not supported", None)
+            else:
+                answer = await self._threads(_from_file, f"{directory}/{path.hash_part}.narinfo")
+            answered(index, answer)
+
+    def _judge_answer(self, server: str, path: StorePath, answer: Answer) -> CacheEntry | None:
+        """Settle what is known of PATH now; return what can be kept in a file."""
+        ttl = TTL_ERROR
+        if answer.status in (200, 404, 202):
+            ttl = TTL_FOUND if answer.status == 200 else TTL_ABSENT
+            if answer.max_age is not None:
+                ttl = min(max(answer.max_age, 0), LONGEST_TTL)
+        body = answer.body if answer.status == 200 else None
+        found = self._read(body, path)
+        if found is None and body is not None:
+            # Garbage, or about something else: not to be found by others who read our files.
+            self._settle(server, path, None, self._wall() + min(ttl, TTL_ERROR), 0)
+            return None
+        now = int(self._wall())
+        self._settle(server, path, found, now + ttl, len(body or b""))
+        return CacheEntry(server, now, ttl, body)
+
+    def _read(self, body: bytes | None, path: StorePath) -> Narinfo | None:
+        """Return the narinfo BODY if it is one and about PATH."""
+        if body is None:
+            return None
+        try:
+            found = narinfo.parse(body, self._store)
+        except BadNarinfo:
+            return None
+        return found if found.path == path else None
+
+    def _settle(
+        self, server: str, path: StorePath, found: Narinfo | None, expiry: float, size: int
+    ) -> None:
+        key = server, path
+        old = self._kept.pop(key, None)
+        if old is not None:
+            self._cost -= old.cost
+        self._kept[key] = kept = _Kept(expiry, found, size + _COST)
+        self._cost += kept.cost
+        while self._cost > MOST_KEPT:
+            self._cost -= self._kept.pop(next(iter(self._kept))).cost
+        self._fire(server, path, found)
+
+    def _fire(self, server: str, path: StorePath, found: Narinfo | None) -> None:
+        for waiter in tuple(self._asked.pop((server, path), ())):
+            waiter.callback(found)
+
+    # --- servers that are not there ------------------------------------------------------
+
+    def _failed(self, server: str, kind: str, reason: str) -> None:
+        if self._why_down(server):
+            return
+        _log.warn("substitute server {host}: {reason}", host=_host(server), reason=reason)
+        self._down[_host(server)] = self._clock.seconds() + DOWN, reason
+
+    def _why_down(self, server: str) -> str:
+        until, reason = self._down.get(_host(server), (0.0, ""))
+        return reason if until > self._clock.seconds() else ""
+
+
+def file_name(server: str) -> str | None:
+    """Return the directory that SERVER is, `None` if it is none."""
+    if server.startswith("/"):
+        return os.path.normpath(server)
+    parts = urlsplit(server)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return os.path.normpath(parts.path)
+    return None
+
+
+def _offer(authorised: Narinfo, said: Iterable[Source]) -> Offer:
+    """Let all that says the same as AUTHORISED be its sources."""
+    return Offer(authorised, tuple(s for s in said if s.narinfo.is_equivalent(authorised)))
+
+
+def _host(server: str) -> str:
+    return urlsplit(server).netloc.rpartition("@")[2] or server
+
+
+def _from_file(name: str) -> Answer:
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(narinfo.MOST_BYTES + 1)
+    except FileNotFoundError:
+        return Answer(404, b"", 0)
+    except OSError as error:
+        return Answer(0, f"{name}: {error.strerror}".encode(), None)
+    return Answer(200, data, 0)

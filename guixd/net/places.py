@@ -1,0 +1,81 @@
+"""Where the archive of a substitute can be had, the best place first (substitutes §3, §7, §10)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+from guixd.formats.narinfo import Download
+from guixd.net.narinfos import Source, file_name
+
+_BY_RATIO = ("lzip", "zstd", "xz", "bzip2", "gzip", "none")
+"""What compresses best comes first."""
+_WEB = ("http", "https")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place of an archive.
+
+    :ivar url: absolute, or the name of a file of this machine if `local`.
+    :ivar name: the URL without what is secret, for the user.
+    :ivar size: bytes to transfer, `None` if unknown.
+    """
+
+    url: str
+    name: str
+    compression: str
+    size: int | None
+    local: bool = False
+
+
+def places(source: Source, supported: Collection[str]) -> list[Place]:
+    """Return the places that SOURCE names, those with the least to transfer first.
+
+    What a server on the web says leads to the web only: never to files of this machine.
+
+    :param supported: the compressions that can be undone.
+    """
+    found = []
+    for download in sorted(source.narinfo.downloads, key=_cost):
+        if download.compression in supported:
+            place = _place(source.server, download)
+            if place is not None:
+                found.append(place)
+    return found
+
+
+def _cost(download: Download) -> tuple[bool, int]:
+    if download.size is not None:
+        return False, download.size
+    known = download.compression in _BY_RATIO
+    return True, _BY_RATIO.index(download.compression) if known else len(_BY_RATIO)
+
+
+def _place(server: str, download: Download) -> Place | None:
+    directory = file_name(server)
+    if directory is not None:
+        return _local_place(directory, download)
+    try:
+        url = urljoin(server.rstrip("/") + "/", download.url)
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return None
+    if parts.scheme not in _WEB or not host or any(c in url for c in "\r\n \t\0"):
+        return None
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return Place(url, shown, download.compression, download.size)
+
+
+def _local_place(directory: str, download: Download) -> Place | None:
+    """Return the file that a directory's narinfo names: one below it, or any on the web."""
+    if urlsplit(download.url).scheme in _WEB:
+        return Place(download.url, download.url, download.compression, download.size)
+    name = download.url.removeprefix("file://")
+    path = os.path.normpath(os.path.join(directory, name))
+    if not path.startswith(directory.rstrip("/") + "/") or "\0" in path:
+        return None
+    return Place(path, f"file://{path}", download.compression, download.size, local=True)

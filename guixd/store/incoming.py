@@ -1,0 +1,148 @@
+"""A substitute on its way into the store (spec: substitutes §7, §8, §10).
+
+Its bytes come from strangers; only what a signature says of them is known.  The files
+lie under a name of their own until all of it has been compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from guixd.errors import BadArchive, StoreError, WrongHash
+from guixd.formats import hashes
+from guixd.formats.nar import NarParser
+from guixd.formats.path import StorePath
+from guixd.store.items import Registration
+from guixd.store.links import Links
+from guixd.store.local import LocalStore
+from guixd.store.removal import remove_path
+from guixd.store.restore import TreeWriter
+
+
+class Incoming:
+    """One archive, checked, hashed and written in one pass.
+
+    All methods but `commit` block; one thread at a time may use it.
+
+    :ivar path: the item that it shall be.
+    :ivar staging: where the files are put: mode, time and owner as they shall be.
+    :ivar complete: whether the whole archive has come and is what it should be.
+    :ivar nar_hash: its sha256, once it is complete.
+    :ivar nar_size: its size in bytes.
+    """
+
+    def __init__(
+        self,
+        store: LocalStore,
+        path: StorePath,
+        algorithm: str,
+        digest: bytes,
+        size: int,
+        links: Links | None = None,
+    ) -> None:
+        """Prepare for an archive of SIZE bytes with the given DIGEST.
+
+        Other than the other methods this one, and `commit`, are for the store's thread.
+
+        :param links: where the files are shared with equal ones.
+        :raises BadHash: the algorithm is unknown.
+        :raises Busy: another process collects.
+        """
+        self._other = None if algorithm == "sha256" else hashes.new(algorithm)
+        self._store = store
+        self.path = path
+        self.staging = store.staging.take()
+        self.complete = False
+        self.nar_hash = b""
+        self.nar_size = size
+        self._algorithm = algorithm
+        self._digest = digest
+        self._writer = TreeWriter(None, self.staging, links)
+        self._parser = NarParser(self._writer)
+        self._sha256 = hashlib.sha256()
+        self._received = 0
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take DATA in.
+
+        :raises BadArchive: the archive is malformed, or longer than it should be.
+        :raises StoreError: it cannot be written.
+        """
+        self._received += len(data)
+        if self._received > self.nar_size:
+            raise BadArchive(f"the archive has more than the {self.nar_size} bytes it should have")
+        self._sha256.update(data)
+        if self._other is not None:
+            self._other.update(data)
+        if self._parser.feed(data) != len(data):
+            raise BadArchive("the archive goes on behind its end")
+        if self._writer.error is not None:
+            raise self._writer.error
+
+    def finish(self) -> None:
+        """Compare the archive with what it should be, at its end.
+
+        :raises WrongHash: it is another one; or BadArchive, if it is none.
+        :raises StoreError: it could not be written.
+        """
+        self.nar_hash = self._sha256.digest()
+        actual = self.nar_hash if self._other is None else self._other.digest()
+        if actual != self._digest:
+            expected, found = (hashes.to_base32(d) for d in (self._digest, actual))
+            raise WrongHash(self.path, self._algorithm, expected, found)
+        if self._received != self.nar_size:
+            raise BadArchive(f"the archive has {self._received} bytes, not {self.nar_size}")
+        if not self._parser.done:
+            raise BadArchive("the archive ends too early")
+        self._writer.finish()
+        self._writer.share_root(self.nar_hash)
+        self.complete = True
+
+    def commit(self, references: frozenset[StorePath], deriver: StorePath | None) -> None:
+        """Make the item valid; what was there, valid or not, goes to the staging place.
+
+        The caller has the lock of the path and has protected it.
+
+        :raises BadDerivation: it is called a derivation but is none.
+        :raises PathNotValid: something that is referred to is not valid.
+        :raises Busy: another process writes to the database; try it again.
+        """
+        assert self.complete
+        names = self._store.staging
+        aside = names.take() if os.path.lexists(self.path) else None
+        try:
+            self._change_places(aside)
+            try:
+                self._store.register(
+                    [Registration(self.path, self.nar_hash, self.nar_size, references, deriver)]
+                )
+            except BaseException:
+                if aside is None:
+                    os.rename(self.path, self.staging)
+                else:
+                    self._change_places(aside)
+                raise
+        finally:
+            if aside is not None:
+                names.free(aside)
+
+    def _change_places(self, aside: str | None) -> None:
+        """Let what is staged be at the path, and what was there be staged, by way of ASIDE."""
+        try:
+            if aside is not None:
+                os.rename(self.path, aside)
+            os.rename(self.staging, self.path)
+            if aside is not None:
+                os.rename(aside, self.staging)
+        except OSError as error:
+            raise StoreError(f"cannot make '{self.path}': {error.strerror}") from error
+
+    def discard(self) -> None:
+        """Remove what is in the staging place; to be called in any case, in the end.
+
+        :raises StoreError: that failed.
+        """
+        self._writer.close()
+        remove_path(self.staging)
+        self._store.staging.free(self.staging)
