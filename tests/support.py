@@ -21,28 +21,35 @@ def in_ci() -> bool:
     return os.environ.get("CI") == "true"
 
 
-def require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str, *, of_kernel: bool = False) -> None:
     """Skip the running test unless CONDITION; in CI fail instead.
 
     A second run without privileges, after one as root, sets GUIXD_TESTED_AS_ROOT.
+
+    :param of_kernel: whether the machine's kernel must have it, which CI cannot choose.
 
     :param what: what is missing, such as "root".
     """
     if not condition:
         tested_elsewhere = "root" in what and "GUIXD_TESTED_AS_ROOT" in os.environ
-        if in_ci() and not tested_elsewhere:
+        if in_ci() and not tested_elsewhere and not of_kernel:
             raise AssertionError(f"CI must provide: {what}")
         raise SkipTest(f"needs {what}")
 
 
-def requires(check: Callable[[], bool], what: str) -> Callable[[_Test], _Test]:
-    """Return a class decorator: each test is skipped, or fails in CI, unless CHECK()."""
+def requires(
+    check: Callable[[], bool], what: str, *, of_kernel: bool = False
+) -> Callable[[_Test], _Test]:
+    """Return a class decorator: each test is skipped, or fails in CI, unless CHECK().
+
+    :param of_kernel: see `require`.
+    """
 
     def decorate(case: _Test) -> _Test:
         original = case.setUp
 
         def set_up(self: SynchronousTestCase) -> object:
-            require(check(), what)
+            require(check(), what, of_kernel=of_kernel)
             return original(self)
 
         case.setUp = set_up

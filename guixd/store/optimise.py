@@ -72,6 +72,8 @@ class Optimisation:
         try:
             with Links(self._store) as links:
                 for name in names:
+                    if self._stopped:
+                        break
                     _Sharing(self, links, self._known).item(store, name)
                 return Saved(links.files, links.freed, tuple(links.notes))
         finally:

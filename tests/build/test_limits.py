@@ -39,7 +39,9 @@ def _has_controllers() -> bool:
 
 requires_cgroups = requires(lambda: bool(_tree()), "root and cgroup v2")
 requires_controllers = requires(
-    _has_controllers, "root and cgroup v2 with the controllers memory, pids and cpu"
+    _has_controllers,
+    "root and cgroup v2 with the controllers memory, pids and cpu",
+    of_kernel=True,
 )
 
 

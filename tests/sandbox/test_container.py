@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from guixd.build import container
+from guixd.build.leftovers import RUNNING
 from guixd.errors import SandboxError
 from tests.sandbox.place import BUILD_GID, Outcome, Place, free_uid
 from tests.support import requires_root, requires_user_namespaces, temporary_directory
@@ -213,7 +214,7 @@ class _InContainer:
             )
         )
         self.assertEqual(build.workspace.outside, outside + "2")
-        self.assertEqual(os.stat(outside + "2").st_mode & 0o7777, 0o700)
+        self.assertEqual(os.stat(outside + "2").st_mode & 0o7777, RUNNING)
         self.assertEqual(os.stat(outside + "2/top").st_mode & 0o7777, 0o700)
         seen = await self.place.finish(build.spec)
         inside = "guix-build-probe.drv-0"

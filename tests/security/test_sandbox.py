@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import TestCase
 
+from guixd.build.leftovers import RUNNING
 from guixd.errors import StoreError
 from tests.sandbox.place import Place
 from tests.support import requires_root, requires_user_namespaces
@@ -119,7 +120,7 @@ class BuildUserAttacks(_ContainedAttacks, TestCase):
         )
         seen = await self.place.finish(build.spec)
         self.assertEqual(seen.lines, ["4755"])
-        self.assertEqual(os.stat(build.workspace.outside).st_mode & 0o7777, 0o700)
+        self.assertEqual(os.stat(build.workspace.outside).st_mode & 0o7777, RUNNING)
 
 
 @requires_user_namespaces
