@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+from bench import items
 from bench.wire import Client
 
 now = time.perf_counter
@@ -108,11 +109,18 @@ class Daemon:
         return self._process.pid
 
     def start(self) -> None:
-        """Start it; clients can connect at once, as its socket is handed to it."""
+        """Start it with an empty store."""
         shutil.rmtree(self.directory, ignore_errors=True)
         for name in ("store", "state/daemon-socket", "log", "tmp", "etc", "home"):
             (self.directory / name).mkdir(parents=True)
         self.directory.chmod(0o755)
+        for name, text in items.KEYS.items():
+            (self.directory / "etc" / name).write_text(text)
+        (self.directory / "etc/signing-key.sec").chmod(0o400)
+        self._run()
+
+    def _run(self) -> None:
+        """Let clients connect at once, as its socket is handed to it."""
         environment = {
             "PATH": os.environ["PATH"],
             "LC_ALL": "C.UTF-8",
@@ -124,10 +132,9 @@ class Daemon:
             "TMPDIR": str(self.directory / "tmp"),
             "HOME": str(self.directory / "home"),
             "PYTHONPATH": str(Path(__file__).parents[1]),
+            "VIEW_NET": "host",
         }
-        command = [
-            *shlex.split(self.command), self.build_users, "--no-substitutes", *self.options,
-        ]  # fmt: skip
+        command = [*shlex.split(self.command), self.build_users, *self.options]
         activate = 'exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
         with (
             socket.socket(socket.AF_UNIX) as listening,
@@ -148,8 +155,18 @@ class Daemon:
             said = (self.directory / "output").read_text(errors="replace")
             raise RuntimeError(f"{self.name} does not serve: {error}: {said[-2000:]}") from error
 
+    def restart(self) -> None:
+        """Stop it and start it again on the same store."""
+        self._end()
+        Path(self.socket).unlink(missing_ok=True)
+        self._run()
+
     def stop(self) -> None:
         """Stop it, and remove its store."""
+        self._end()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end(self) -> None:
         if self._process is not None:
             processes = list(tree_of(self._process.pid))
             self._process.terminate()
@@ -162,10 +179,12 @@ class Daemon:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process = None
-        shutil.rmtree(self.directory, ignore_errors=True)
 
-    def connect(self, jobs: int = 1, *, trace: bool = False) -> Client:
-        return Client(self.socket).set_options(jobs=jobs, trace=trace)
+    def connect(
+        self, jobs: int = 1, *, trace: bool = False, substitute_urls: str | None = None
+    ) -> Client:
+        options = {"jobs": jobs, "trace": trace, "substitute_urls": substitute_urls}
+        return Client(self.socket).set_options(**options)  # type: ignore[arg-type]
 
     def memory(self) -> int:
         return pss(list(tree_of(self.pid)))

@@ -114,8 +114,21 @@ def log_lines(size: int) -> bytes:
     return "".join(lines).encode()
 
 
+# A key pair that secures nothing: everybody can read it here.
+_CURVE = "(curve Ed25519)"
+_PUBLIC = "(q #8E729696EAE580F829554DBD0F58FB0910768D4EA2DFF1B4CEA1F19998342272#)"
+_SECRET = "(d #68001A91A96EABA12D22167C70D4411FDC6CEE4E1EF837BB8055DAF24679DD30#)"
+PUBLIC_KEY = f"(public-key (ecc {_CURVE} {_PUBLIC}))"
+KEYS = {
+    "signing-key.pub": PUBLIC_KEY,
+    "signing-key.sec": f"(private-key (ecc {_CURVE} {_PUBLIC} {_SECRET}))",
+    "acl": f"(acl (entry {PUBLIC_KEY} (tag (guix import))))",
+}
+"""The files of a configuration directory whose own key is authorized."""
+
+
 class Derivation:
-    """A derivation with one output, not fixed.
+    """A derivation with one output.
 
     :ivar path: file name of the derivation; `out` that of its output.
     """
@@ -126,13 +139,21 @@ class Derivation:
     def __init__(
         self, store: str, name: str, builder: str, arguments: list[str],
         environment: Mapping[str, str], sources: Iterable[str], inputs: Iterable[Derivation] = (),
+        sha256_of_file: str = "",
     ) -> None:  # fmt: skip
+        """Describe it.
+
+        :param sha256_of_file: hash of the output, if that is a file known beforehand.
+        """
+        self._hash = sha256_of_file
         self._builder, self._arguments = builder, arguments
         self._environment, self._sources = environment, sorted(sources)
         self.name, self.inputs = name, list(inputs)
         modulo = sorted(each.modulo for each in self.inputs)
-        masked = sha256(self._text("", modulo)).hexdigest()
-        self.out = store_path(store, "output:out", masked, name)
+        inner = self._text("", modulo)
+        if sha256_of_file:
+            inner = f"fixed:out:sha256:{sha256_of_file}:".encode()
+        self.out = store_path(store, "output:out", sha256(inner).hexdigest(), name)
         self.modulo = sha256(self._text(self.out, modulo)).hexdigest()
         self.text = self._text(self.out, sorted(each.path for each in self.inputs))
         self.references = sorted([*self._sources, *(each.path for each in self.inputs)])
@@ -149,7 +170,7 @@ class Derivation:
 
         environment = sorted({**self._environment, "out": out}.items())
         fields = [
-            f'[("out",{quote(out)},"","")]',
+            f'[("out",{quote(out)},"{"sha256" if self._hash else ""}","{self._hash}")]',
             several(f'({quote(each)},["out"])' for each in inputs),
             several(map(quote, self._sources)),
             '"x86_64-linux"',

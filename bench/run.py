@@ -94,6 +94,7 @@ def measure(workload: Workload, compared: list[Daemon], repetitions: int) -> _Va
     finally:
         for daemon in compared:
             daemon.stop()
+            workload.finish(daemon)
     return values
 
 

@@ -13,6 +13,7 @@ from typing import Self
 
 CLIENT_MAGIC, SERVER_MAGIC, VERSION = 0x6E697863, 0x6478696F, 0x164
 NEXT, LAST, ERROR = 0x6F6C6D67, 0x616C7473, 0x63787470
+READ, WRITE = 0x64617461, 0x64617416
 
 _WORD = struct.Struct("<Q")
 word = _WORD.pack
@@ -41,6 +42,8 @@ class Client:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(path)
         self.on_log: Callable[[bytes], object] = lambda _: None
+        self._sink: Callable[[bytes], object] = lambda _: None
+        self._source: Callable[[int], bytes] = lambda _: b""
         self._buffer = b""
         self.socket.sendall(word(CLIENT_MAGIC) + word(VERSION) + word(0) + word(1))
         if self._word() != SERVER_MAGIC or self._word() & 0xFF00 != VERSION & 0xFF00:
@@ -80,6 +83,10 @@ class Client:
         while (kind := self._word()) != LAST:
             if kind == NEXT:
                 self.on_log(self._bytes())
+            elif kind == WRITE:
+                self._sink(self._bytes())
+            elif kind == READ:
+                self.socket.sendall(string(self._source(self._word())))
             elif kind == ERROR:
                 raise Refused(self._bytes().decode(errors="replace"), self._word())
             else:
@@ -108,13 +115,18 @@ class Client:
 
     # requests
 
-    def set_options(self, *, jobs: int = 1, trace: bool = False) -> Self:
-        """Ask for JOBS builds at a time, no substitutes and no offloading.
+    def set_options(
+        self, *, jobs: int = 1, trace: bool = False, substitute_urls: str | None = None
+    ) -> Self:
+        """Ask for JOBS builds at a time and no offloading.
 
         :param trace: whether lines for programs, `@ build-started` and so on, are wanted.
+        :param substitute_urls: where substitutes are; none are wanted without.
         """
         pairs = {"build-max-jobs": str(jobs), "build-cores": "1"}
-        flags = (0, 0, 0, 0, 0, 0, 0, int(trace), 0)
+        if substitute_urls is not None:
+            pairs["substitute-urls"] = substitute_urls
+        flags = (0, 0, 0, 0, 0, 0, 0, int(trace), int(substitute_urls is not None))
         encoded = [string(name) + string(value) for name, value in pairs.items()]
         self._call(19, *map(word, flags), word(len(pairs)), *encoded)
         return self
@@ -163,6 +175,58 @@ class Client:
         self._call(9, strings(derivations), word(0))
         self._word()
 
+    def ensure(self, path: str) -> None:
+        """Make PATH valid, by a substitute."""
+        self._call(10, string(path))
+        self._word()
+
+    def substitutable(self, paths: list[str]) -> list[str]:
+        self._call(32, strings(paths))
+        return self._strings()
+
+    def outputs(self, derivation: str) -> list[str]:
+        self._call(22, string(derivation))
+        return self._strings()
+
+    def add_indirect_root(self, link: str) -> None:
+        self._call(12, string(link))
+        self._word()
+
+    def collect(self, action: int, paths: Iterable[str] = ()) -> list[str]:
+        """Collect garbage; ACTION is 0 for live, 1 for dead, 2 to delete, 3 to delete PATHS."""
+        numbers = (0, 2**64 - 1, 0, 0, 0)
+        self._call(20, word(action), strings(paths), *map(word, numbers))
+        found = self._strings()
+        self._take(16)
+        return found
+
+    def optimise(self) -> None:
+        self._call(34)
+        self._word()
+
+    def verify(self, *, contents: bool) -> bool:
+        """Return whether all is well."""
+        self._call(35, word(int(contents)), word(0))
+        return self._word() == 0
+
+    def export(self, path: str, sink: Callable[[bytes], object], *, sign: bool = False) -> None:
+        self._sink = sink
+        self._call(16, string(path), word(int(sign)))
+        self._word()
+
+    def import_paths(self, archive: bytes) -> list[str]:
+        """Import what ARCHIVE, a whole stream, holds."""
+        view, position = memoryview(archive), 0
+
+        def source(size: int) -> bytes:
+            nonlocal position
+            position += size
+            return bytes(view[position - size : position])
+
+        self._source = source
+        self._call(27)
+        return self._strings()
+
 
 def is_valid_request(path: str) -> tuple[bytes, int]:
     """A request for `Client.exchange`; the reply is LAST and a number."""
@@ -184,3 +248,8 @@ def add_text_request(name: str, text: bytes, store: str) -> tuple[bytes, int]:
     """A request to add TEXT without references to the directory STORE."""
     size = 8 + len(string(f"{store}/{'0' * 32}-{name}"))
     return word(8) + string(name) + string(text) + word(0), size
+
+
+def outputs_request(derivation: str, outputs: list[str]) -> tuple[bytes, int]:
+    """A request for the OUTPUTS of DERIVATION."""
+    return word(22) + string(derivation), 8 + len(strings(outputs))
