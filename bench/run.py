@@ -22,14 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.graphs import Graphs
 from bench.harness import Daemon, in_private_mounts, journaled, machine
-from bench.upkeep import Upkeep
-from bench.workloads import ALL as BASIC
-from bench.workloads import Metric, Workload
+from bench.workloads import ALL, Metric, Workload
 from tests.interop import guest
 
-ALL: dict[str, type[Workload]] = {**BASIC, "W8": Graphs, "W10": Upkeep}
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guixd/bench"
 _Values = dict[str, dict[str, list[float]]]
 

@@ -167,9 +167,9 @@ class Client:
         self._word()
 
     def verify(self, *, contents: bool) -> bool:
-        """Return whether something is wrong with the store."""
-        self._call(35, word(contents), word(0))
-        return self._word() == 1
+        """Return whether all is well."""
+        self._call(35, word(int(contents)), word(0))
+        return self._word() == 0
 
     def build(self, derivations: Iterable[str]) -> None:
         self._call(9, strings(derivations), word(0))
@@ -184,10 +184,6 @@ class Client:
         self._call(32, strings(paths))
         return self._strings()
 
-    def outputs(self, derivation: str) -> list[str]:
-        self._call(22, string(derivation))
-        return self._strings()
-
     def add_indirect_root(self, link: str) -> None:
         self._call(12, string(link))
         self._word()
@@ -199,15 +195,6 @@ class Client:
         found = self._strings()
         self._take(16)
         return found
-
-    def optimise(self) -> None:
-        self._call(34)
-        self._word()
-
-    def verify(self, *, contents: bool) -> bool:
-        """Return whether all is well."""
-        self._call(35, word(int(contents)), word(0))
-        return self._word() == 0
 
     def export(self, path: str, sink: Callable[[bytes], object], *, sign: bool = False) -> None:
         self._sink = sink
