@@ -26,7 +26,8 @@ from bench.harness import Daemon, in_private_mounts, journaled, machine
 from bench.workloads import ALL, Metric, Workload
 from tests.interop import guest
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guixd/bench"
+# Build users must be able to reach it.
+_CACHE = Path("/var/tmp/guixd-bench")
 _Values = dict[str, dict[str, list[float]]]
 
 

@@ -102,6 +102,8 @@ class Transfer:
         self._tell(Event(self._line("started"), text, download=True))
 
     def _went_on(self, done: int) -> None:
+        if done == self._size:
+            return  # which is told in any case
         text = f"downloading {self._name}: {size_text(done)}"
         if self._size:
             text += f" of {size_text(self._size)}, {min(done * 100 // self._size, 100)} %"
