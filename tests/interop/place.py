@@ -16,6 +16,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.interop import guest
+from tests.signatures import keys
 from tests.support import temporary_directory
 
 SCENARIOS = Path(__file__).with_name("scenarios")
@@ -70,11 +71,19 @@ class Place:
         for tool in TOOLS:
             (tools / tool).symlink_to("busybox")
 
-    def start(self, daemon: str, *options: str, name: str = "socket", tcp: bool = False) -> None:
+    def start(
+        self,
+        daemon: str,
+        *options: str,
+        name: str = "socket",
+        tcp: bool = False,
+        substitutes: bool = False,
+    ) -> None:
         """Start DAEMON, `GUIXD` or `STOCK`, with OPTIONS.
 
         :param name: of its socket, in the directory that has the usual one.
         :param tcp: let it listen on `port` of this machine's loopback instead.
+        :param substitutes: whether it takes substitutes; see `use_keys`.
         """
         assert name not in self._processes
         if daemon == GUIXD:
@@ -83,7 +92,8 @@ class Place:
         else:
             base, binds = guest.root(), {**self.binds, **self.guest_binds}
             command = ["guix-daemon", "--build-users-group=guixbuild"]
-        command += ["--no-substitutes", "--no-offload", *options]
+        command += ["--no-offload", *options]
+        command += [] if substitutes else ["--no-substitutes"]
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL": "C.UTF-8",
@@ -116,6 +126,12 @@ class Place:
         listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = listening.getsockname()[1]
         return listening
+
+    def use_keys(self) -> None:
+        """Let daemons and clients have a key that is authorized, and this machine's network."""
+        keys.install(self.directory / "etc", acl=True)
+        self.binds["/etc/guix"] = str(self.directory / "etc")
+        self.names["VIEW_NET"] = "host"
 
     def kill(self, number: int) -> None:
         """Send signal NUMBER to all daemons, which it ends."""

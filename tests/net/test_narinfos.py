@@ -1,0 +1,167 @@
+"""Lookups with one cache for all (spec: substitutes §3 to §6)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.net.narinfos import DOWN, TTL_ABSENT, TTL_FOUND, Narinfos, Offer
+from guixd.net.requests import Answer
+from tests.support import temporary_directory
+
+STORE = StoreDirectory("/gnu/store")
+SERVER = "http://127.0.0.1:18099"
+# What the stock helper calls the directory of that server.
+DIRECTORY = "yfdvxsftdrthtcgkf3u7vwk3oxfcf2daekv7vlzk7jwn7pglcv2q"
+HASH = "1dhm6dssrphhf4agc4fyi2f2lwxrdzz0fqx2ddfnc33zi0mnfxap"
+
+
+def path(letter: str) -> StorePath:
+    return STORE.child(letter * 32 + "-item")
+
+
+def text(of: StorePath, references: str = "") -> bytes:
+    return (
+        f"StorePath: {of}\nNarHash: sha256:{HASH}\nNarSize: 120\nReferences: {references}\n"
+        "Signature: 1;host;good\nURL: nar/x\n"
+    ).encode()
+
+
+class Lookups:
+    """Answers questions when told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.known: dict[str, Answer] = {}
+        self.held: list[Callable[[], None]] = []
+        self.holds = False
+
+    def lookup(
+        self, urls: Sequence[str], answered: Callable[[int, Answer], None]
+    ) -> Deferred[None]:
+        self.asked += urls
+        done: Deferred[None] = Deferred()
+
+        def answer() -> None:
+            for index, url in enumerate(urls):
+                answered(index, self.known.get(url, Answer(404, b"", None)))
+            done.callback(None)
+
+        if self.holds:
+            self.held.append(answer)
+        else:
+            answer()
+        return done
+
+
+class NarinfosTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self)
+        self.lookups = Lookups()
+        self.clock = Clock()
+        self.narinfos = self.make()
+
+    def make(self) -> Narinfos:
+        return Narinfos(
+            self.clock,
+            lambda function, *args: maybeDeferred(function, *args),
+            self.lookups,
+            STORE,
+            self.directory,
+            lambda all_: [each.signature.endswith("good") for each in all_],
+            lambda: 10**9 + self.clock.seconds(),
+        )
+
+    def find(self, *paths: StorePath, told: Callable[[str], Any] = str) -> dict[StorePath, Offer]:
+        found = Deferred.fromCoroutine(self.narinfos.find(paths, [SERVER], told))
+        return self.successResultOf(found)
+
+    def serve(self, letter: str, **fields: Any) -> StorePath:
+        item = path(letter)
+        answer = Answer(200, text(item), fields.get("max_age"))
+        self.lookups.known[f"{SERVER}/{item.hash_part}.narinfo"] = answer
+        return item
+
+    def test_kept(self) -> None:
+        """U15: what was asked is not asked again, by nobody, until it is too old."""
+        item, none = self.serve("a"), path("b")
+        self.assertEqual(set(self.find(item, none)), {item})
+        self.assertEqual(set(self.find(item, none)), {item})
+        self.assertEqual(len(self.lookups.asked), 2)
+        self.narinfos = self.make()  # from the files, as after a restart
+        self.assertEqual(set(self.find(item, none)), {item})
+        self.assertEqual(len(self.lookups.asked), 2)
+        self.clock.advance(TTL_ABSENT + 1)
+        self.assertEqual(set(self.find(item, none)), {item})
+        self.assertEqual(len(self.lookups.asked), 3)
+        self.clock.advance(TTL_FOUND)
+        self.find(item)
+        self.assertEqual(len(self.lookups.asked), 4)
+
+    def test_max_age(self) -> None:
+        """U15: the server says how long its answers hold."""
+        item = self.serve("a", max_age=10)
+        self.find(item)
+        self.clock.advance(9)
+        self.find(item)
+        self.assertEqual(len(self.lookups.asked), 1)
+        self.clock.advance(2)
+        self.find(item)
+        self.assertEqual(len(self.lookups.asked), 2)
+
+    def test_files(self) -> None:
+        """U15: files as the stock helper writes them are read; garbage is passed over."""
+        item = path("a")
+        value = text(item).decode().replace("\n", "\\n")
+        directory = Path(self.directory, DIRECTORY)
+        directory.mkdir(parents=True)
+        (directory / item.hash_part).write_text(
+            f'(narinfo (version 2) (cache-uri "{SERVER}") (date 1000000000) (ttl 100)'
+            f' (value "{value}"))'
+        )
+        (directory / path("b").hash_part).write_text("(narinfo (version")
+        self.assertEqual(set(self.find(item, path("b"))), {item})
+        self.assertEqual(self.lookups.asked, [f"{SERVER}/{path('b').hash_part}.narinfo"])
+        self.assertEqual(sorted(os.listdir(directory)), ["a" * 32, "b" * 32])
+        self.assertIn("#f", (directory / path("b").hash_part).read_text())
+
+    def test_another_item(self) -> None:
+        """U8: an answer about something else is none, and is not kept in a file."""
+        item = path("a")
+        url = f"{SERVER}/{item.hash_part}.narinfo"
+        self.lookups.known[url] = Answer(200, text(path("b")), None)
+        self.assertEqual(self.find(item), {})
+        self.assertFalse(Path(self.directory, DIRECTORY, item.hash_part).exists())
+
+    def test_asked_together(self) -> None:
+        """Who asks the same meanwhile waits for the same answer, even if the first one leaves."""
+        item = self.serve("a")
+        self.lookups.holds = True
+        first = Deferred.fromCoroutine(self.narinfos.find([item], [SERVER]))
+        second = Deferred.fromCoroutine(self.narinfos.find([item], [SERVER]))
+        self.assertEqual(len(self.lookups.asked), 1)
+        first.addErrback(lambda _: None)
+        first.cancel()
+        self.lookups.held[0]()
+        self.assertEqual(set(self.successResultOf(second)), {item})
+
+    def test_nobody_there(self) -> None:
+        """A server that cannot be reached is left alone for a while, and named."""
+        item = path("a")
+        down = Answer(0, b"connection refused", None, "connect")
+        self.lookups.known[f"{SERVER}/{item.hash_part}.narinfo"] = down
+        told: list[str] = []
+        self.assertEqual(self.find(item, told=told.append), {})
+        self.assertEqual(self.find(item, told=told.append), {})
+        self.assertEqual(len(self.lookups.asked), 1)
+        self.assertIn("connection refused", told[0])
+        self.serve("a")
+        self.clock.advance(DOWN + 1)
+        self.assertEqual(set(self.find(item)), {item})
