@@ -119,6 +119,6 @@ class PlacesTests(SynchronousTestCase):
         """U23: nothing but the web from the web; only what lies below from a directory."""
         for url in ("file:///etc/passwd", "ftp://a/x", "gopher://a/x"):
             self.assertEqual(self.places("http://a", f"URL: {url}\n"), [], url)
-        self.assertEqual(self.places("file:///srv", "URL: nar/x\n"), [("/srv/nar/x", "none")])
+        self.assertEqual(self.places("file:///mirror", "URL: nar/x\n"), [("/mirror/nar/x", "none")])
         for url in ("../etc/passwd", "/etc/passwd", "file:///etc/passwd"):
-            self.assertEqual(self.places("/srv", f"URL: {url}\n"), [], url)
+            self.assertEqual(self.places("/mirror", f"URL: {url}\n"), [], url)
