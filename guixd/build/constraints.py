@@ -1,16 +1,15 @@
-"""What outputs may refer to, and graphs handed to builders (build.md §7, §8)."""
+"""What outputs may refer to (build.md §8)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 
 from guixd.build.results import BuildFailure, Status
-from guixd.errors import BadName, GuixdError, NotInStore
+from guixd.errors import NotInStore
 from guixd.formats.derivation import Derivation
-from guixd.formats.path import StoreDirectory, StorePath, check_name
-
-Closure = Callable[[Iterable[StorePath]], Iterable[StorePath]]
-"""Gives the closure of valid paths, themselves included."""
+from guixd.formats.path import StoreDirectory, StorePath
+from guixd.store.queries import Queries
 
 RULES = (
     "allowedReferences",
@@ -30,25 +29,25 @@ def check_references(
     drv: Derivation,
     store: StoreDirectory,
     references: Mapping[StorePath, frozenset[StorePath]],
-    closure: Closure,
+    queries: Queries,
 ) -> None:
-    """Test what fresh outputs refer to against the rules of their derivation.
+    """Test what fresh outputs refer to against the rules of their derivation; may be long.
 
     :param references: of each fresh output.
+    :param queries: for what is valid already.
     :raises BuildFailure: a rule is broken or cannot be read (output rejected).
     """
     rules = {name: _words(drv, store, name) for name in RULES if name in drv.environment}
     for name, listed in rules.items():
         for path in sorted(references):
-            used = references[path]
-            if name.endswith("Requisites"):
-                used = _requisites(path, references, closure)
+            requisites = name.endswith("Requisites")
+            used = _requisites(path, references, queries) if requisites else references[path]
             wrong = used - listed if name.startswith("allowed") else used & listed
             if wrong:
-                raise BuildFailure(
-                    Status.OUTPUT_REJECTED,
-                    f"output `{path}' refers to `{min(wrong)}', which `{name}' does not allow",
-                )
+                text = f"output `{path}' refers to `{min(wrong)}', which `{name}' does not allow"
+                if requisites:
+                    text += _way(path, min(wrong), references, queries)
+                raise BuildFailure(Status.OUTPUT_REJECTED, text)
 
 
 def _words(drv: Derivation, store: StoreDirectory, name: str) -> frozenset[StorePath]:
@@ -68,9 +67,7 @@ def _words(drv: Derivation, store: StoreDirectory, name: str) -> frozenset[Store
 
 
 def _requisites(
-    path: StorePath,
-    references: Mapping[StorePath, frozenset[StorePath]],
-    closure: Closure,
+    path: StorePath, references: Mapping[StorePath, frozenset[StorePath]], queries: Queries
 ) -> frozenset[StorePath]:
     """Return all that PATH needs, but not PATH itself; sisters may not be valid yet."""
     found: set[StorePath] = set()
@@ -85,52 +82,31 @@ def _requisites(
                 todo.append(used)
             else:
                 valid.add(used)
-    found.update(closure(valid))
+    found.update(queries.closure(valid))
     return frozenset(found - {path})
 
 
-def export_graphs(
-    drv: Derivation,
-    store: StoreDirectory,
-    is_valid: Callable[[StorePath], bool],
-    references: Callable[[StorePath], Iterable[StorePath]],
-    closure: Closure,
-    read_derivation: Callable[[StorePath], Derivation],
-) -> dict[str, str]:
-    """Return the files that `exportReferencesGraph` asks for, by name.
-
-    :raises BuildFailure: the list is not of the right form (input rejected).
-    :raises GuixdError: a file name that cannot be.
-    """
-    words = drv.environment.get("exportReferencesGraph", "").split()
-    if len(words) % 2:
-        raise BuildFailure(
-            Status.INPUT_REJECTED,
-            "`exportReferencesGraph' is not made of pairs of a file and a path",
-        )
-    files = {}
-    for name, text in zip(words[::2], words[1::2], strict=True):
-        try:
-            check_name(name)
-        except BadName as error:
-            raise GuixdError(f"`exportReferencesGraph': {error.text}") from None
-        try:
-            item = store.containing(text)
-        except NotInStore as error:
-            raise BuildFailure(Status.INPUT_REJECTED, error.text) from None
-        if not is_valid(item):
-            raise BuildFailure(
-                Status.INPUT_REJECTED, f"`exportReferencesGraph' names the invalid path `{item}'"
-            )
-        paths = set(closure([item]))
-        outputs: set[StorePath] = set()
-        for path in paths:
-            if path.is_derivation:
-                outputs.update(read_derivation(path).output_paths)
-        paths.update(closure(outputs))
-        pieces = []
-        for path in sorted(paths):
-            used = sorted(references(path))
-            pieces.append("\n".join([path, "", str(len(used)), *used]) + "\n")
-        files[name] = "".join(pieces)
-    return files
+def _way(
+    start: StorePath,
+    end: StorePath,
+    references: Mapping[StorePath, frozenset[StorePath]],
+    queries: Queries,
+) -> str:
+    """Return how END came in, by one of the shortest ways; empty if there is nothing between."""
+    came_from: dict[StorePath, StorePath] = {start: start}
+    todo = deque([start])
+    while todo and end not in came_from:
+        path = todo.popleft()
+        used: Iterable[StorePath] = references.get(path) or queries.path_info(path).references
+        for one in sorted(used):
+            if one not in came_from:
+                came_from[one] = path
+                todo.append(one)
+    between = []
+    path = came_from[end]
+    while path != start:
+        between.append(path)
+        path = came_from[path]
+    return (
+        "; it comes by way of " + ", ".join(f"`{p}'" for p in reversed(between)) if between else ""
+    )

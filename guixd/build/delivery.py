@@ -99,7 +99,11 @@ class Delivery:
         made = await call(harvest.collect)
         if has_rules(drv):
             references = {output.path: output.references for output in made}
-            check_references(drv, store.directory, references, store.database.closure)
+            await self._shop.threads(
+                self._shop.with_queries(
+                    lambda queries: check_references(drv, store.directory, references, queries)
+                )
+            )
         return made
 
     async def _compare_rounds(self, harvest: Harvest, made: Collection[Made]) -> None:

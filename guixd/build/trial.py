@@ -22,8 +22,9 @@ from guixd.build.builtins import (
     runs_here,
 )
 from guixd.build.cgroups import Group
-from guixd.build.constraints import export_graphs
 from guixd.build.gitdownload import plan_checkout, read_commit
+from guixd.build.graphs import VARIABLE as GRAPHS
+from guixd.build.graphs import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
 from guixd.build.request import BuildMode, Level
@@ -90,7 +91,7 @@ class Trial:
         if is_builtin(job.drv) and not ready:
             refuse_builtin(job.drv)
         inputs = self._inputs()
-        graphs = self._graphs()
+        graphs = GRAPHS in job.drv.environment
         killing = None
         if user is not None and shop.users is not None and not shop.users.is_clean(user):
             killing = shop.launcher.kill_user(user.uid)
@@ -130,27 +131,19 @@ class Trial:
             roots.update(outputs[name] for name in names)
         return frozenset(store.database.closure(roots))
 
-    def _graphs(self) -> dict[str, str]:
-        drv, store = self._job.drv, self._shop.store
-        if "exportReferencesGraph" not in drv.environment:
-            return {}
-        database = store.database
-        return export_graphs(
-            drv,
-            store.directory,
-            database.is_valid,
-            lambda path: database.path_info(path).references,
-            database.closure,
-            store.read_derivation,
-        )
+    def _graphs(self) -> dict[str, bytes]:
+        """Return the files that the builder shall find; may be long."""
+        drv, directory = self._job.drv, self._shop.store.directory
+        return self._shop.with_queries(lambda queries: export_graphs(drv, directory, queries))()
 
     def _obstacles(self) -> list[str]:
         """Return what lies where the build is to make something; it may be large."""
         paths = (self._private, *self._targets.free, *self._targets.elsewhere.values())
         return [path for path in paths if os.path.lexists(path)]
 
-    def _prepare(self, graphs: dict[str, str], obstacles: Iterable[str]) -> Workspace:
+    def _prepare(self, graphs: bool, obstacles: Iterable[str]) -> Workspace:
         """Make the directories and the log; short if there are no GRAPHS and OBSTACLES."""
+        files = self._graphs() if graphs else {}
         for path in obstacles:
             remove(None, path)
         workspace = Workspace.create(
@@ -158,7 +151,7 @@ class Trial:
             temporary=self._shop.settings.directories.temporary,
             use_chroot=self._contained,
             user=self._user,
-            files={name: text.encode() for name, text in graphs.items()},
+            files=files,
         )
         log = self._job.say.log_file
         if log is not None:

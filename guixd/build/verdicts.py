@@ -11,6 +11,7 @@ from guixd.build.job import Job
 from guixd.build.request import Level
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.path import StorePath
+from guixd.formats.sizes import size_text
 from guixd.settings import Directories
 
 DISK_FULL = 8 << 20
@@ -29,9 +30,16 @@ def builder_failed(
         end = f"failed due to signal {reason.signal} ({name})"
     else:
         end = f"failed with exit code {reason.exitCode}"
-    full = any(_disk_is_full(path) for path in (directories.store, directories.temporary))
-    if full:
-        job.say.log(Level.ERROR, "the disk is nearly full, which may be why the build failed")
+    full = False
+    for path in dict.fromkeys((directories.store, directories.temporary)):
+        free = _free(path)
+        if free < DISK_FULL:
+            full = True
+            job.say.log(
+                Level.ERROR,
+                "the disk is nearly full, which may be why the build failed:"
+                f" {size_text(free).strip()} are free for `{path}'",
+            )
     if limit:
         end += f": {limit}"
     transient = full or bool(limit) or job.drv.has_fixed_outputs
@@ -46,6 +54,7 @@ def timed_out(path: StorePath, reason: str) -> BuildFailure:
     return BuildFailure(Status.TIMED_OUT, f"build of `{path}' {reason}")
 
 
-def _disk_is_full(path: str) -> bool:
+def _free(path: str) -> int:
+    """Return how many bytes users may still write to the file system of PATH."""
     free = os.statvfs(path)
-    return free.f_bavail * free.f_frsize < DISK_FULL
+    return free.f_bavail * free.f_frsize

@@ -21,6 +21,7 @@ from guixd.errors import Busy
 from guixd.formats.derivation import Derivation
 from guixd.settings import Settings
 from guixd.store.local import LocalStore
+from guixd.store.queries import Queries
 
 _T = TypeVar("_T")
 
@@ -59,3 +60,15 @@ class Workshop:
                 return step()
             except Busy:
                 await interest.wait(lambda: deferLater(self.reactor, BUSY_RETRY))
+
+    def with_queries(self, function: Callable[[Queries], _T]) -> Callable[[], _T]:
+        """Return what calls FUNCTION with a connection to the database of its own, in a thread."""
+
+        def call() -> _T:
+            queries = self.store.database.read_only_copy()
+            try:
+                return function(queries)
+            finally:
+                queries.close()
+
+        return call

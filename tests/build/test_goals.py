@@ -314,7 +314,9 @@ class FailureTests(Fake):
         building = self.world.build(self.world.derive("a"), observer=observer)
         self.launcher["a"].finish(1)
         self.assertEqual(self.error(building).status, 1)
-        self.assertTrue(any("disk is nearly full" in line for line in observer.logs))
+        self.assertTrue(
+            any("disk is nearly full" in line and " free" in line for line in observer.logs)
+        )
 
     def test_general_error(self) -> None:
         """B40: trouble of one build is its text with status 1, and disturbs nobody else."""
