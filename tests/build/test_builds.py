@@ -465,7 +465,7 @@ class OutputTests(Real):
             (user("bad2", allowedReferences=""), "allowedReferences"),
             (user("bad3", allowedRequisites=middle_out), leaf_out),
             (user("bad4", disallowedReferences=middle_out), middle_out),
-            (user("bad5", disallowedRequisites=leaf_out), leaf_out),
+            (user("bad5", disallowedRequisites=leaf_out), f"by way of `{middle_out}'"),
             (user("bad6", allowedReferences="nope"), "invalid reference specifier"),
         ):
             observer = await self.fail_with(1, drv)
