@@ -167,16 +167,26 @@ class Place:
         return subprocess.Popen(
             guest.view(guest.root(), self.binds, command, user),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=self.directory / "work",
-            env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "LC_ALL": "C.UTF-8",
-                "HOME": str(self.directory / "home"),
-                "WORK": str(self.directory / "work"),
-                "GUILE_AUTO_COMPILE": "0",
-                **self.names,
-                **environment,
-            },
+            cwd=self.directory / "work", env={**self._client_environment, **environment},
+        )  # fmt: skip
+
+    @property
+    def _client_environment(self) -> dict[str, str]:
+        return {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "LC_ALL": "C.UTF-8",
+            "HOME": str(self.directory / "home"),
+            "WORK": str(self.directory / "work"),
+            "GUILE_AUTO_COMPILE": "0",
+            **self.names,
+        }
+
+    def pipe(self, data: bytes, *command: str) -> subprocess.CompletedProcess[bytes]:
+        """Run COMMAND in the guest with DATA as its input, to its end."""
+        return subprocess.run(
+            guest.view(guest.root(), self.binds, command), input=data, capture_output=True,
+            check=False, cwd=self.directory / "work", env=self._client_environment,
+            timeout=CLIENT_SECONDS,
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str], *, status: int | None = 0) -> Output:
