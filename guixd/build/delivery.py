@@ -112,8 +112,8 @@ class Delivery:
             if (before.nar_hash, before.references) == (output.nar_hash, output.references):
                 continue
             text = (
-                f"output `{output.path}' of `{self._job.path}' is not the same as in the round"
-                " before, so the derivation may not be deterministic"
+                f"output `{output.path}' of `{self._job.path}' differs from previous round,"
+                " so the derivation may not be deterministic"
             )
             if self._job.options.keep_failed:
                 text += f"; that one is `{output.path}{CHECK}'"
