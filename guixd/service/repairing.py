@@ -9,12 +9,23 @@ from guixd.service.session import Session
 
 
 async def repair(session: Session, path: StorePath) -> None:
-    """Replace the valid item PATH, whose files are damaged or gone.
+    """Replace the valid item PATH, whose files are damaged or gone: by a substitute, or anew.
 
     :raises BuildError: there is no way to make it.
     :raises GuixdError: that failed.
     """
     store = session.store
+    peer = session.peer
+    owner = (None, None) if peer is None else (peer.uid, peer.gid)
+    options = session.options.for_builds(*owner)
+    if options.substitute_urls:
+        wanted = (Wanted(path, itself=True),)
+        request = BuildRequest(wanted, BuildMode.REPAIR, options, session.roots)
+        try:
+            await session.daemon.build(request, session)
+            return
+        except BuildError:
+            pass  # there is none, or it was no use
     info = store.database.find_path_info(path)
     deriver = None if info is None else info.deriver
     if deriver is None or not store.is_valid(deriver):
@@ -23,12 +34,5 @@ async def repair(session: Session, path: StorePath) -> None:
     names = frozenset(name for name, output in outputs.items() if output == path)
     if not names:
         raise BuildError(f"cannot repair path `{path}'")
-    peer = session.peer
-    owner = (None, None) if peer is None else (peer.uid, peer.gid)
-    request = BuildRequest(
-        (Wanted(deriver, names),),
-        BuildMode.REPAIR,
-        session.options.for_builds(*owner),
-        session.roots,
-    )
+    request = BuildRequest((Wanted(deriver, names),), BuildMode.REPAIR, options, session.roots)
     await session.daemon.build(request, session)

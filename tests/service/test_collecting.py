@@ -96,7 +96,7 @@ class SessionTests(CollectingCase):
         self.assertEqual(self.there(first, second, third), [False] * 3)
 
     async def test_what_is_not_there(self) -> None:
-        """G5: nothing to delete is no error."""
+        """G5, G24: nothing to delete is no error; paths come first in the reply, then bytes."""
         names = await self.collect(DELETE_SPECIFIC, self.path("nothing"))
         self.assertEqual((names, self.freed), ([], 0))
 

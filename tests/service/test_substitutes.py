@@ -90,7 +90,7 @@ class GoodServer(SubstituteCase):
         self.assertFalse(await client.is_valid_path(self.path("none")))
 
     async def test_derivation(self) -> None:
-        """U17: outputs are downloaded instead of being made; but not if that is not allowed."""
+        """U17, D20: outputs are downloaded instead of being made, unless that is not allowed."""
         client = await self.client()
         drv, out = await self.derive(client, f'"{self.server.url("/source")}"')
         self.offer("", CONTENT, path=out)
@@ -154,6 +154,52 @@ class GoodServer(SubstituteCase):
             connection.send(answer(nar_of_file(b"content")))
         await building
         self.assertEqual(set(await client.valid_paths(paths)), set(paths))
+
+    async def test_equal_files(self) -> None:
+        """U27: files are shared with equal ones while they come, or not."""
+        for name, shares in (("shared", "true"), ("alone", "false")):
+            tree = self.tree(b"twin" * 4096)
+            path = self.offer(name, nar=tree)
+            client = await self.client(auto_optimise_store=shares)
+            await client.build_paths([path])
+            links = os.stat(path + "/one").st_nlink
+            self.assertEqual(links, 3 if shares == "true" else 1)
+            await client.close()
+
+    def tree(self, content: bytes) -> bytes:
+        """Return the NAR of a directory with two equal files."""
+        head = len(encode_bytes(b"nix-archive-1"))
+        node = nar_of_file(content)[head:]
+        parts = [encode_bytes(b"nix-archive-1")]
+        parts += map(encode_bytes, (b"(", b"type", b"directory"))
+        for name in (b"one", b"two"):
+            parts += map(encode_bytes, (b"entry", b"(", b"name", name, b"node"))
+            parts += [node, encode_bytes(b")")]
+        return b"".join([*parts, encode_bytes(b")")])
+
+    async def test_repair(self) -> None:
+        """U19: damaged contents are replaced, on demand and by verifying."""
+        path = self.offer("item", b"as it was")
+        client = await self.client()
+        await client.build_paths([path])
+
+        def damage() -> None:
+            os.chmod(path, 0o644)
+            Path(path).write_bytes(b"damaged!!")
+
+        damage()
+        await client.build_paths([path], 1)
+        self.assertEqual(Path(path).read_bytes(), b"as it was")
+        damage()
+        self.assertFalse(await client.verify_store(check_contents=True, repair=True))
+        self.assertEqual(Path(path).read_bytes(), b"as it was")
+        self.assertEqual(os.stat(path).st_mode & 0o7777, 0o444)
+        self.assertEqual(self.leftovers(), [])
+        self.answers.clear()
+        damage()
+        await client.close()
+        client = await self.client(urls=f"http://127.0.0.1:{unused_port()}")
+        self.assertTrue(await client.verify_store(check_contents=True, repair=True))
 
 
 class WhoCounts(SubstituteCase):
