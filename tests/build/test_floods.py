@@ -119,16 +119,14 @@ class FloodTests(TestCase):
     async def test_live(self) -> None:
         """B29: with every compression, what a builder wrote can be read soon, and is no torso."""
         readers = {"gzip": "zcat", "bzip2": "bzcat", "none": "cat"}
-        builds = []
-        for compression in readers:
+        # One after the other: each has a pool of its own, of the same build users.
+        for compression, reader in readers.items():
             world = World(self, log_compression=compression)
             drv = world.derive("live", "echo early; sleep 1000")
-            builds.append((world, drv, world.build(drv)))
-        for (world, drv, _), (compression, reader) in zip(builds, readers.items(), strict=True):
+            building = world.build(drv)
             path = log_file(world.settings.directories.log, drv, compression)
             script = f'until {reader} "$1" 2>/dev/null | grep -qx early; do sleep 0.1; done'
             self.assertEqual(await getProcessValue("/bin/sh", ["-c", script, "sh", path]), 0)
-        for _, _, building in builds:
             building.addErrback(lambda _: None)
             building.cancel()
             await building
