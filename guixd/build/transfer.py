@@ -21,7 +21,7 @@ CONNECT_TIMEOUT = 5.0
 IDLE_TIMEOUT = 30.0
 """Seconds until something must come; then the next place is tried."""
 _BLOCK = 256 << 10
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Transfer:
