@@ -71,11 +71,12 @@ class Answers:
 
     async def _wait(self) -> None:
         """Wait for an answer, or what makes one impossible."""
-        self._waiter = Deferred()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        if self._error is None:
+            self._waiter = Deferred()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         if self._error is not None:
             raise self._error
 

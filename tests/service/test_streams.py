@@ -108,6 +108,14 @@ class Reading(TestCase):
             self.assertEqual((await line.far.rest())[:8], b"ptxc\0\0\0\0")
 
     @asynchronous
+    async def test_malformed_before_asked(self) -> None:
+        """P6: a bad answer that is there before the READ ends the connection, too."""
+        line = self.line([])
+        await line.greet()
+        line.far.send(op.ImportPaths().encode(), encode_bytes(b"abc")[:-1] + b"\1")
+        self.assertIn(b"ptxc\0\0\0\0", await line.far.rest())
+
+    @asynchronous
     async def test_left(self) -> None:
         """A client that leaves instead of answering."""
         line = Line(self)
