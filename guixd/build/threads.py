@@ -29,9 +29,10 @@ def pool_threads(reactor: IReactorFromThreads, pool: ThreadPool) -> Threads:
     return call
 
 
-async def to_the_end(running: Deferred[T]) -> T:
+async def to_the_end(running: Deferred[T], stop: Callable[[], object] = lambda: None) -> T:
     """Wait until RUNNING, what a thread does, has ended, even if the caller is cancelled.
 
+    :param stop: called when the caller is cancelled, so that the thread comes to an end soon.
     :raises CancelledError: he was, and the thread has ended now.
     """
     result: Deferred[T] = Deferred()
@@ -46,6 +47,7 @@ async def to_the_end(running: Deferred[T]) -> T:
     try:
         return await result
     except CancelledError:
+        stop()
         await ended
         raise
 

@@ -11,14 +11,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from guixd.build.request import Level
+from guixd.build.threads import to_the_end
 from guixd.errors import NotAllowed, StoreError
 from guixd.formats import operations as op
-from guixd.service.session import Handlers, Session
+from guixd.formats.operations import encode_reply
+from guixd.formats.path import StorePath
+from guixd.service.session import Encoded, Handlers, Session
 from guixd.store.collector import TRASH, Collection, Rules
 from guixd.store.poolcare import clean_pool
 
@@ -28,7 +31,7 @@ STEP = 0.002
 LIVE, DEAD, DELETE_DEAD, DELETE_SPECIFIC = range(4)
 
 
-def collect(session: Session, request: op.CollectGarbage) -> Coroutine[Any, Any, op.Collected]:
+def collect(session: Session, request: op.CollectGarbage) -> Coroutine[Any, Any, Encoded]:
     """Collect as REQUEST says."""
     if request.ignore_liveness:
         raise NotAllowed("you are not allowed to ignore liveness")
@@ -119,7 +122,7 @@ class _Collecting:
         self._tell()
         self._session.log.log(level, text)
 
-    async def run(self) -> op.Collected:
+    async def run(self) -> Encoded:
         session = self._session
         await session.when_free(session.store.collecting.begin)
         try:
@@ -133,16 +136,16 @@ class _Collecting:
             self._tell()
             collection.close()
 
-    async def _collect(self, collection: Collection) -> op.Collected:
+    async def _collect(self, collection: Collection) -> Encoded:
         action = self._request.action
         deletes = action in (DELETE_DEAD, DELETE_SPECIFIC)
         self._say(Level.ERROR, "finding garbage collector roots...")
         await self._in_thread(partial(collection.mark, strict=deletes))
         if action == LIVE:
-            return op.Collected(tuple(sorted(collection.alive)), 0)
+            return await self._reply(collection.alive)
         if action == DEAD:
             self._say(Level.ERROR, "determining live/dead paths...")
-            return op.Collected(tuple(sorted(collection.dead())), 0)
+            return await self._reply(collection.dead)
         await self._in_thread(collection.open_trash)
         remover = _Remover(self._session, collection)
         try:
@@ -160,36 +163,29 @@ class _Collecting:
             partial(clean_pool, store, self._lines.append, lambda: self._left)
         )
         total = collection.freed + remover.freed + freed
-        return op.Collected(tuple(sorted(collection.found)), total)
+        return await self._reply(lambda: tuple(sorted(collection.found)), total)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Wait for WORK in a thread; when this is given up, it is over, too."""
-        over: Deferred[None] = Deferred()
-        waiter: Deferred[T] = Deferred()
-
-        def passed(result: Any) -> None:
-            over.callback(None)
-            if not waiter.called:
-                waiter.callback(result)
-
-        self._session.daemon.threads(work).addBoth(passed)
-        try:
-            result = await waiter
-        except CancelledError:
-            self._left = True
-            await over
-            raise
+        result = await to_the_end(self._session.daemon.threads(work), self._leave)
         self._tell()
         return result
 
+    def _leave(self) -> None:
+        self._left = True
+
+    async def _reply(self, paths: Callable[[], tuple[StorePath, ...]], freed: int = 0) -> Encoded:
+        """Make the reply in a thread, as there may be very many PATHS."""
+        request = self._request
+        return await self._in_thread(
+            lambda: Encoded(encode_reply(request, op.Collected(paths(), freed)))
+        )
+
     async def _delete(self, collection: Collection, remover: _Remover) -> None:
         if self._request.action == DELETE_SPECIFIC:
-            for path in sorted(set(self._request.paths)):
-                if collection.is_full():
-                    return
-                collection.choose(path)
-                await self._sweep(collection, remover)
-                collection.check_gone(path)
+            collection.choose(sorted(set(self._request.paths)))
+            await self._sweep(collection, remover)
+            collection.check_gone()
         elif self._request.max_freed:
             self._say(Level.ERROR, "deleting garbage...")
             collection.choose_all()

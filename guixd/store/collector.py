@@ -81,10 +81,12 @@ class Collection:
         self._protected = store.protected(requester)
         self._touched = store.collecting.touched = set()
         self._marked = Marked(frozenset(), {}, {})
+        self._rows: dict[StorePath, int] = {}
         self._leftovers: list[str] = []
         self._due: Iterator[DeadItem] = iter(())
         self._due_names: deque[str] = deque()
-        self._named: set[str] = set()
+        self._chosen: list[StorePath] = []
+        self._alive_path: StorePath | None = None
         self._moved: list[str] = []
         self._moves = 0
         self._fd = -1
@@ -120,24 +122,23 @@ class Collection:
             )
         finally:
             liveness.close()
-        valid = {path.base for path in self._marked.alive}
-        valid.update(item.path.base for item in self._marked.dead.values())
+        self._rows = {item.path: row for row, item in self._marked.dead.items()}
+        valid = {path.base for path in self._marked.alive.union(self._rows)}
         try:
             names = os.listdir(store.directory.path)
         except OSError as error:
             raise StoreError(f"cannot read the store: {error.strerror}") from error
         self._leftovers = [name for name in names if name not in valid and not self._is_kept(name)]
 
-    @property
-    def alive(self) -> frozenset[StorePath]:
-        """The valid items that are needed."""
-        return self._marked.alive
+    def alive(self) -> tuple[StorePath, ...]:
+        """Return the valid items that are needed, sorted; for a thread."""
+        return tuple(sorted(self._marked.alive))
 
-    def dead(self) -> set[StorePath]:
-        """Return all that nothing needs, leftovers of the store included."""
+    def dead(self) -> tuple[StorePath, ...]:
+        """Return all that nothing needs, leftovers of the store included, sorted; for a thread."""
         child = self._store.directory.child
         names = {child(name) for name in self._leftovers}
-        return names | {item.path for item in self._marked.dead.values()}
+        return tuple(sorted(names.union(self._rows)))
 
     def _is_kept(self, name: str) -> bool:
         """Whether the invalid NAME belongs to something that is being made, or to the store."""
@@ -165,31 +166,34 @@ class Collection:
             random.shuffle(rows)
         self._due = self._marked.referrers_first(rows)
 
-    def choose(self, path: StorePath) -> None:
-        """Delete PATH, and the dead items that refer to it.
+    def choose(self, paths: Iterable[StorePath]) -> None:
+        """Delete PATHS, in their order, and the dead items that refer to them.
 
-        :raises StoreError: it is still alive.
+        They end before the first that is still alive, which `check_gone` tells.
         """
-        name = path.base
-        row = next((r for r, item in self._marked.dead.items() if item.path == path), None)
-        if row is not None and path not in self._touched:
-            self._due = self._marked.referrers_first([row])
-        elif self._store.database.is_valid(path) or self._is_kept(name):
-            raise self._still_alive(path)
-        else:
-            self._due_names = deque([name])
+        rows: list[int] = []
+        for path in paths:
+            if path in self._rows and path not in self._touched:
+                rows.append(self._rows[path])
+            elif self._store.database.is_valid(path) or self._is_kept(path.base):
+                self._alive_path = path
+                break
+            else:
+                self._due_names.append(path.base)
+            self._chosen.append(path)
+        self._due = self._marked.referrers_first(rows)
 
-    def check_gone(self, path: StorePath) -> None:
-        """Test that `choose` and a whole sweep have made away with PATH.
+    def check_gone(self) -> None:
+        """Test that a whole sweep has made away with all that `choose` was given.
 
-        :raises StoreError: somebody has begun to use it meanwhile.
+        :raises StoreError: something is still alive, or somebody uses it again.
         """
-        if self._store.database.is_valid(path):
-            raise self._still_alive(path)
-
-    @staticmethod
-    def _still_alive(path: StorePath) -> StoreError:
-        return StoreError(f"cannot delete path `{path}' since it is still alive")
+        if self._full:
+            return
+        valid = self._store.database.valid_in_order(self._chosen)
+        path = valid[0] if valid else self._alive_path
+        if path is not None:
+            raise StoreError(f"cannot delete path `{path}' since it is still alive")
 
     # --- sweeping -------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class Collection:
     def sweep(self, seconds: float) -> bool:
         """Make away with as much as SECONDS allow; in the reactor's thread.
 
-        What was moved is removed by `empty_trash`.
+        What was moved is removed by `empty`.
 
         :return: whether there is more to do.
         :raises Busy: another process writes to the database; call it again.

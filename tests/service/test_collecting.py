@@ -95,6 +95,26 @@ class SessionTests(CollectingCase):
         self.assertEqual(names, sorted([first.base, second.base, third.base]))
         self.assertEqual(self.there(first, second, third), [False] * 3)
 
+    async def test_several(self) -> None:
+        """G2: what comes before the first live one goes, what comes after it stays."""
+        free = sorted([(await self.texts(f"t{number}"))[0] for number in range(6)])
+        self.root(free[3])
+        client = await self.client()
+        text = await self.fails(client.collect_garbage(DELETE_SPECIFIC, [*free, self.path("no")]))
+        self.assertEqual(text, f"cannot delete path `{free[3]}' since it is still alive")
+        first = sorted([*free, self.path("no")])
+        gone = [path for path in first[: first.index(free[3])] if path in free]
+        self.assertEqual(list(await client.valid_paths(free)), sorted(set(free) - set(gone)))
+        self.assertEqual(len(await self.collect(DELETE_SPECIFIC, *free[4:])), 2)
+
+    async def test_several_to_a_limit(self) -> None:
+        """G13: named items are deleted up to the limit, and the rest is no error."""
+        client = await self.client()
+        paths = [await client.add_text(f"t{n}", bytes(1000), ()) for n in range(6)]
+        await client.close()
+        self.assertEqual(len(await self.collect(DELETE_SPECIFIC, *paths, max_freed=2500)), 3)
+        self.assertEqual(len(await self.collect(DELETE_SPECIFIC, *paths)), 3)
+
     async def test_what_is_not_there(self) -> None:
         """G5, G24: nothing to delete is no error; paths come first in the reply, then bytes."""
         names = await self.collect(DELETE_SPECIFIC, self.path("nothing"))
