@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from twisted.internet.interfaces import IReactorTime
 
 from guixd.build.broadcast import Observer
+from guixd.build.contents import read_derivation
 from guixd.build.request import ClientOptions, Wanted
 from guixd.build.substitutes import Substitutes
+from guixd.build.threads import Threads
 from guixd.build.turns import Turns
 from guixd.errors import GuixdError
 from guixd.formats.derivation import Derivation
@@ -31,8 +33,6 @@ class Available:
 
     offers: dict[StorePath, Offer] = field(default_factory=dict)
     depths: dict[StorePath, int] = field(default_factory=dict)
-    incomplete: set[StorePath] = field(default_factory=set)
-    """What is offered although something that it refers to cannot be had."""
 
 
 class Search:
@@ -44,6 +44,7 @@ class Search:
     def __init__(
         self,
         clock: IReactorTime,
+        threads: Threads,
         store: LocalStore,
         substitutes: Substitutes,
         options: ClientOptions,
@@ -51,11 +52,12 @@ class Search:
         but: Collection[StorePath] = (),
     ) -> None:
         self._clock = clock
+        self._threads = threads
         self._store = store
         self._substitutes = substitutes
         self._options = options
         self._observer = observer
-        self._found: dict[StorePath, Offer] = {}
+        self._open: dict[StorePath, Offer] = {}  # offered, but something it needs is not
         self._asked: set[StorePath] = set(but)
         self._seen: set[tuple[StorePath, frozenset[str]]] = set()
         self.available = Available()
@@ -69,7 +71,7 @@ class Search:
         while frontier or plain:
             reads = []
             for path, names in frontier:
-                drv = self._read(path, names)
+                drv = await self._read(path, names)
                 if drv is not None:
                     reads.append((drv, self._missing(drv, names)))
                 await turns.give()
@@ -90,13 +92,15 @@ class Search:
     def _is_valid(self, path: StorePath) -> bool:
         return self._store.database.is_valid(path)
 
-    def _read(self, path: StorePath, names: frozenset[str]) -> Derivation | None:
+    async def _read(self, path: StorePath, names: frozenset[str]) -> Derivation | None:
         """Return the derivation PATH, unless it cannot be read or was looked at before."""
         if (path, names) in self._seen:
             return None
         self._seen.add((path, names))
+        if not self._is_valid(path):
+            return None
         try:
-            return self._store.read_derivation(path)
+            return await read_derivation(self._threads, self._store, path)
         except (GuixdError, OSError):
             return None  # whoever plans the builds tells why
 
@@ -116,7 +120,7 @@ class Search:
         while ask:
             self._asked |= ask
             offers = await self._substitutes.find(ask, self._options, self._observer)
-            self._found.update(offers)
+            self._open.update(offers)
             ask = {
                 reference
                 for offer in offers.values()
@@ -131,9 +135,7 @@ class Search:
         waiting: dict[StorePath, list[StorePath]] = {}
         pending: dict[StorePath, int] = {}
         ready: list[StorePath] = []
-        for path, offer in self._found.items():
-            if path in offers:
-                continue
+        for path, offer in self._open.items():
             needs = [
                 reference
                 for reference in offer.narinfo.references
@@ -145,14 +147,13 @@ class Search:
             if not needs:
                 ready.append(path)
         for path in ready:  # which grows meanwhile
-            offers[path] = self._found[path]
-            below = (depths.get(r, -1) for r in self._found[path].narinfo.references - {path})
+            offers[path] = offer = self._open.pop(path)
+            below = (depths.get(r, -1) for r in offer.narinfo.references - {path})
             depths[path] = 1 + max(below, default=-1)
             for other in waiting.get(path, ()):
                 pending[other] -= 1
                 if not pending[other]:
                     ready.append(other)
-        self.available.incomplete = set(self._found).difference(offers)
 
 
 def _may_substitute(drv: Derivation) -> bool:

@@ -151,7 +151,9 @@ class Engine:
         shop, options = self._workshop, request.options
         available = None
         if request.mode is BuildMode.NORMAL and self._substitutes and options.use_substitutes:
-            search = Search(shop.reactor, shop.store, self._substitutes, options, observer, but)
+            search = Search(
+                shop.reactor, shop.threads, shop.store, self._substitutes, options, observer, but
+            )
             available = await search.run(request.wanted)
         planner = Planner(
             shop.reactor,

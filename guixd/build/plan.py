@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
 from guixd.build.available import Available
-from guixd.build.contents import is_intact
+from guixd.build.contents import is_intact, read_derivation
 from guixd.build.request import BuildMode, Roots, Wanted
 from guixd.build.results import result_of
 from guixd.build.scheduler import Priority
@@ -173,7 +173,7 @@ class Planner:
             goal = self.goals[path] = Goal(path, None, missing=True, error=error)
             return goal
         try:
-            drv = await self._read(path)
+            drv = await read_derivation(self._threads, self._store, path)
         except (GuixdError, OSError) as failure:
             goal = self.goals[path] = Goal(path, None, error=result_of(failure).text)
             return goal
@@ -188,11 +188,6 @@ class Planner:
         if not goal.error:
             self._todo.append(goal)
         return goal
-
-    async def _read(self, path: StorePath) -> Derivation:
-        if self._store.takes_long_to_read(path):
-            return await self._threads(self._store.load_derivation, path)
-        return self._store.read_derivation(path)
 
     async def _is_done(self, wanted: Iterable[StorePath], mode: BuildMode) -> bool:
         """Whether outputs need not be built in MODE."""

@@ -10,7 +10,7 @@ from twisted.internet.task import deferLater
 from guixd.build.request import BuildMode, BuildRequest, Wanted
 from guixd.errors import BuildError, NotAllowed, NotInStore
 from guixd.formats import operations as op
-from guixd.formats.path import HASH_LENGTH, StoreDirectory
+from guixd.formats.path import HASH_LENGTH, StoreDirectory, StorePath
 from guixd.service.session import Handlers, QuietError, Session
 from guixd.service.settling import settling
 
@@ -24,10 +24,17 @@ def wanted(store: StoreDirectory, item: str) -> Wanted:
     :raises NotInStore: the item cannot be the name of anything in the store.
     """
     name, _, outputs = item.partition("!")
-    path = store.parse(name)
+    return Wanted(_checked(store.parse(name)), frozenset(outputs.split(",")) - {""} or None)
+
+
+def _checked(path: StorePath) -> StorePath:
+    """Return PATH, which can be the name of an item.
+
+    :raises NotInStore: it cannot.
+    """
     if len(path.base) <= HASH_LENGTH or "\0" in path:
         raise NotInStore(f"'{path}' has no hash part and name, so it is not in the store")
-    return Wanted(path, frozenset(outputs.split(",")) - {""} or None)
+    return path
 
 
 def build(session: Session, request: op.BuildPaths) -> Coroutine[Any, Any, None]:
@@ -39,9 +46,7 @@ def build(session: Session, request: op.BuildPaths) -> Coroutine[Any, Any, None]
 
 
 async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> None:
-    peer = session.peer
-    owner = (None, None) if peer is None else (peer.uid, peer.gid)
-    options = session.options.for_builds(*owner)
+    options = session.build_options()
     directory = session.store.directory
     items: list[Wanted] = []
     for item in request.items:
@@ -53,17 +58,12 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
 
 async def ensure(session: Session, request: op.EnsurePath) -> None:
     """Make a path valid, by a substitute if it is not."""
-    path, store = request.path, session.store
-    if len(path.base) <= HASH_LENGTH or "\0" in path:
-        raise NotInStore(f"'{path}' has no hash part and name, so it is not in the store")
+    path, store = _checked(request.path), session.store
     if store.database.is_valid(path):
         return
-    peer = session.peer
-    options = session.options.for_builds(*((None, None) if peer is None else (peer.uid, peer.gid)))
-    wanted = (Wanted(path, itself=True),)
-    await session.daemon.build(
-        BuildRequest(wanted, BuildMode.NORMAL, options, session.roots), session
-    )
+    items = (Wanted(path, itself=True),)
+    building = BuildRequest(items, BuildMode.NORMAL, session.build_options(), session.roots)
+    await session.daemon.build(building, session)
     if not store.database.is_valid(path):
         raise BuildError(f"path '{path}' is not valid, and there is no substitute for it")
 

@@ -15,9 +15,7 @@ async def repair(session: Session, path: StorePath) -> None:
     :raises GuixdError: that failed.
     """
     store = session.store
-    peer = session.peer
-    owner = (None, None) if peer is None else (peer.uid, peer.gid)
-    options = session.options.for_builds(*owner)
+    options = session.build_options()
     if options.substitute_urls:
         wanted = (Wanted(path, itself=True),)
         request = BuildRequest(wanted, BuildMode.REPAIR, options, session.roots)

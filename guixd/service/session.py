@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from guixd.build.request import Level
+from guixd.build.request import ClientOptions, Level
 from guixd.errors import Busy, GuixdError, ProtocolError, StoreError
 from guixd.formats.operations import Operation, encode_reply
 from guixd.service.clientlog import ClientLog
@@ -102,6 +102,15 @@ class Session:
         self.roots = store.temp_roots()
         self._handlers = handlers
         self._quick = quick
+
+    def build_options(self) -> ClientOptions:
+        """Return the options of a build that the client asks for now.
+
+        :raises BadSetting: the number of rounds is no integer.
+        """
+        peer = self.peer
+        owner = (None, None) if peer is None else (peer.uid, peer.gid)
+        return self.options.for_builds(*owner)
 
     def handle(self, operation: Operation[Any]) -> bytes | Deferred[bytes]:
         """Carry OPERATION out; return its reply, now or later."""
