@@ -33,12 +33,6 @@ class ProtocolError(GuixdError):
     reason = "protocol"
 
 
-class UnsupportedOperation(GuixdError):
-    """The request is known but this daemon does not serve it (yet)."""
-
-    reason = "unsupported"
-
-
 class NotAllowed(GuixdError):
     """The client lacks the privilege for this request."""
 

@@ -10,7 +10,8 @@ from typing import Any
 from guixd.build.threads import Threads
 from guixd.build.watchers import Event
 from guixd.errors import FetchError
-from guixd.formats.sizes import size_text as padded_size
+from guixd.formats.sizes import short_size
+from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.codecs import BadData, decoder
 from guixd.net.places import Place
 from guixd.net.receiving import FetcherLike, receive
@@ -73,9 +74,10 @@ class Transfer:
                 progress=self._went_on,
             )
             size = fetched.head.offset + fetched.received
-        self._tell(Event(self._line("progress", size), download=True))
-        text = f"downloaded {self._name}: {size_text(size)}"
-        self._tell(Event(self._line("succeeded", size, of_all=True), text, download=True))
+        self._tell(Event(self._progress_line(size), download=True))
+        text = f"downloaded {self._name}: {short_size(size)}"
+        trace = DownloadSucceeded(self._incoming.path, self._place.name, size)
+        self._tell(Event(trace.line, text, download=True))
         self._tell(Event("", download=True))
         await self._threads(self._incoming.finish)
 
@@ -97,26 +99,21 @@ class Transfer:
     def _begin(self, head: Head | None) -> None:
         if self._size is None and head is not None:
             self._size = head.size
-        size = "" if self._size is None else f" ({size_text(self._size)})"
+        size = "" if self._size is None else f" ({short_size(self._size)})"
         text = f"downloading {self._name} from {self._place.name}{size}..."
-        self._tell(Event(self._line("started"), text, download=True))
+        trace = DownloadStarted(self._incoming.path, self._place.name, self._size)
+        self._tell(Event(trace.line, text, download=True))
 
     def _went_on(self, done: int) -> None:
         if done == self._size:
             return  # which is told in any case
-        text = f"downloading {self._name}: {size_text(done)}"
+        text = f"downloading {self._name}: {short_size(done)}"
         if self._size:
-            text += f" of {size_text(self._size)}, {min(done * 100 // self._size, 100)} %"
-        self._progress(self._line("progress", done), text)
+            text += f" of {short_size(self._size)}, {min(done * 100 // self._size, 100)} %"
+        self._progress(self._progress_line(done), text)
 
-    def _line(self, what: str, done: int | None = None, *, of_all: bool = False) -> str:
-        size = self._size
-        if of_all and done is not None:
-            size, done = done, None
-        words = [self._incoming.path, self._place.name, "-" if size is None else str(size)]
-        if done is not None:
-            words.append(str(done))
-        return f"@ download-{what} {' '.join(words)}"
+    def _progress_line(self, done: int) -> str:
+        return DownloadProgress(self._incoming.path, self._place.name, self._size, done).line
 
     def _from_file(self) -> int:
         """Take in the file of this machine; return how many bytes it has.  Blocks."""
@@ -137,8 +134,3 @@ class Transfer:
         except BadData as error:
             raise FetchError("body", str(error)) from None
         return done
-
-
-def size_text(size: int) -> str:
-    """Write SIZE in bytes for people, within a line."""
-    return padded_size(size).strip()

@@ -11,7 +11,7 @@ from guixd.build.job import Job
 from guixd.build.request import Level
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.path import StorePath
-from guixd.formats.sizes import size_text
+from guixd.formats.sizes import short_size
 from guixd.settings import Directories
 
 DISK_FULL = 8 << 20
@@ -38,7 +38,7 @@ def builder_failed(
             job.say.log(
                 Level.ERROR,
                 "the disk is nearly full, which may be why the build failed:"
-                f" {size_text(free).strip()} are free for `{path}'",
+                f" {short_size(free)} are free for `{path}'",
             )
     if limit:
         end += f": {limit}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from guixd.errors import BadHash, BadNarinfo, GuixdError
 from guixd.formats.hashes import BASE32_ALPHABET, digest_size, from_base32
@@ -69,10 +69,6 @@ class Narinfo:
             and self.nar_size == other.nar_size
             and self.references == other.references
         )
-
-    def downloaded_as(self, other: Narinfo) -> Narinfo:
-        """Return this one with the places of OTHER, which is equivalent."""
-        return replace(self, downloads=other.downloads)
 
     @property
     def download_size(self) -> int:

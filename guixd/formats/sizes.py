@@ -13,3 +13,8 @@ def size_text(size: int) -> str:
     while power < len(_UNITS) - 1 and size > 1 << 10 * (power + 2):
         power += 1
     return f"{size / (1 << 10 * (power + 1)):7.2f} {_UNITS[power]}iB"
+
+
+def short_size(size: int) -> str:
+    """Write SIZE, a number of bytes, within a line."""
+    return size_text(size).strip()

@@ -8,7 +8,7 @@ from functools import partial
 from guixd.build.request import Level
 from guixd.formats import operations as op
 from guixd.formats.path import StorePath
-from guixd.formats.sizes import size_text
+from guixd.formats.sizes import short_size, size_text
 from guixd.service.session import Handlers, Session
 from guixd.service.sweep import WORKERS, Progress, in_parallel
 from guixd.store.items import Row
@@ -40,7 +40,7 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
                 session.log.log(Level.INFO, note)
             items, files, freed = items + len(rows), files + saved.files, freed + saved.freed
             if progress.due():
-                text = f"{items} items looked at, {size_text(freed).strip()} freed"
+                text = f"{items} items looked at, {short_size(freed)} freed"
                 session.log.log(Level.INFO, text)
 
     try:
