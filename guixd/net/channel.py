@@ -1,6 +1,7 @@
 """Packets with descriptors between the daemon and a helper, over a socket that keeps them apart.
 
-A packet is a list in JSON on one line, maybe with bytes after it.  Both sides use this.
+A packet is a list in JSON on one line, maybe with bytes after it.  Both sides of the fetcher
+use this, and the daemon's side of the zygote.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class Channel:
             self._socket.close()
             while self._queue:
                 _close(self._queue.popleft()[1])
+
+    def drain(self) -> None:
+        """Take all that has come; for when the other end is dead."""
+        while self._open and self._read_one():
+            pass
 
     # The reactor's side.
 
