@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 
 from guixd.errors import StoreError
 from guixd.formats import derivation
@@ -15,6 +16,8 @@ SMALL = 256 << 10
 _MOST = 4096
 _MOST_TEXT = 32 << 20  # bytes; what was read takes ten times as much
 _LARGEST = 4 << 20
+_MOST_MAPPINGS = 1 << 15
+_MOST_OUTPUTS = 16  # those of larger ones are left to the database
 _MOST_READS = 200
 _COST_OF_READING = 10
 Read = Callable[[StorePath], Derivation]
@@ -29,11 +32,18 @@ class Derivations:
     def __init__(self, directory: StoreDirectory) -> None:
         self._directory = directory
         self._known: dict[StorePath, Derivation] = {}
+        self._sizes: dict[StorePath, int] = {}
         self._size = 0
+        self._outputs: dict[StorePath, Mapping[str, StorePath]] = {}
+        self._lock = threading.Lock()
 
     def known(self, path: StorePath) -> Derivation | None:
         """Return the derivation PATH if it is in memory."""
         return self._known.get(path)
+
+    def outputs(self, path: StorePath) -> Mapping[str, StorePath] | None:
+        """Return the outputs of the derivation PATH by name, if they are in memory."""
+        return self._outputs.get(path)
 
     def read(self, path: StorePath) -> Derivation:
         """Return the derivation PATH, from its file if need be; may be called in a thread.
@@ -59,18 +69,31 @@ class Derivations:
             return False  # which `read` finds, too
 
     def remember(self, path: StorePath, drv: Derivation, size: int) -> None:
-        """Keep DRV, which is right and has a text of SIZE bytes, unless it is too large."""
-        if size > _LARGEST:
-            return
-        if self._size + size > _MOST_TEXT or len(self._known) >= _MOST:
-            self._known.clear()
-            self._size = 0
-        self._size += size
-        self._known[path] = drv
+        """Keep DRV, which is right and has a text of SIZE bytes, and only its outputs if large."""
+        with self._lock:
+            if path not in self._outputs and len(drv.outputs) <= _MOST_OUTPUTS:
+                if len(self._outputs) >= _MOST_MAPPINGS:
+                    del self._outputs[next(iter(self._outputs))]
+                outputs = {name: output.path for name, output in drv.outputs.items()}
+                self._outputs[path] = outputs
+            if size > _LARGEST or path in self._known:
+                return
+            while self._size + size > _MOST_TEXT or len(self._known) >= _MOST:
+                self._drop(next(iter(self._known)))
+            self._size += size
+            self._sizes[path] = size
+            self._known[path] = drv
+
+    def _drop(self, path: StorePath) -> None:
+        del self._known[path]
+        self._size -= self._sizes.pop(path)
 
     def forget(self, path: StorePath) -> None:
         """PATH is not valid any more."""
-        self._known.pop(path, None)
+        with self._lock:
+            self._outputs.pop(path, None)
+            if path in self._known:
+                self._drop(path)
 
 
 class TooMany(Exception):

@@ -199,10 +199,10 @@ class LocalStore:
 
         :raises PathNotValid: it is not valid.
         """
-        drv = self._derivations.known(path)
-        if drv is None or not self.database.is_valid(path):
+        known = self._derivations.outputs(path)
+        if known is None or not self.database.is_valid(path):
             return self.database.derivation_outputs(path)
-        return {name: output.path for name, output in drv.outputs.items()}
+        return known
 
     # --- roots ------------------------------------------------------------------
 

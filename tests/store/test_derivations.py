@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import BadDerivation, StoreError
+from guixd.formats.derivation import Output
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store import derivations
 from guixd.store.derivations import SMALL, Derivations, Sparingly, TooMany
@@ -49,9 +51,30 @@ class DerivationsTests(SynchronousTestCase):
             kept = sum(self.all.known(p) is not None for p in paths)
             self.assertLessEqual(kept * size, derivations._MOST_TEXT)
             self.assertGreater(kept, 0)
+        self.assertIsNone(self.all.known(paths[0]))  # the oldest go first
+        self.assertIsNotNone(self.all.known(paths[-1]))
         large = self.write(99, 2 * size)
         self.all.read(large)
         self.assertIsNone(self.all.known(large))
+
+    def test_outputs(self) -> None:
+        """S34: outputs are remembered of more derivations, if there are few of them."""
+        self.patch(derivations, "_MOST_MAPPINGS", 2)
+        self.patch(derivations, "_MOST_OUTPUTS", 2)
+        paths = [self.write(n) for n in range(3)]
+        plain, some = self.all.read(paths[0]), Output(paths[0])
+        self.all.forget(paths[0])
+        for path, names in zip(paths, (("out",), ("doc", "out"), ("a", "b", "c")), strict=True):
+            self.all.remember(path, replace(plain, outputs=dict.fromkeys(names, some)), 10**9)
+            self.assertIsNone(self.all.known(path))
+        self.assertEqual(self.all.outputs(paths[0]), {"out": paths[0]})
+        self.assertEqual(self.all.outputs(paths[1]), {"doc": paths[0], "out": paths[0]})
+        self.assertIsNone(self.all.outputs(paths[2]))
+        self.all.read(paths[2])
+        self.assertIsNone(self.all.outputs(paths[0]))
+        self.assertEqual(self.all.outputs(paths[2]), {})
+        self.all.forget(paths[2])
+        self.assertIsNone(self.all.outputs(paths[2]))
 
     def test_sparingly(self) -> None:
         """S34: the reactor reads no large derivation, and not many; those known are welcome."""
