@@ -172,17 +172,19 @@ class Planner:
             error = f"cannot build missing derivation `{path}'"
             goal = self.goals[path] = Goal(path, None, missing=True, error=error)
             return goal
+        known = self._store.derivation_outputs(path)
+        names = set(outputs or known)
+        wanted = [output for name, output in known.items() if name in names]
+        for output in known.values():
+            await self._protect(output)
+        # What the derivation says need not be known if nothing is to be done.
+        if not wanted or await self._is_done(wanted, mode):
+            return None
         try:
             drv = await read_derivation(self._threads, self._store, path)
         except (GuixdError, OSError) as failure:
             goal = self.goals[path] = Goal(path, None, error=result_of(failure).text)
             return goal
-        names = set(outputs) if outputs else set(drv.outputs)
-        wanted = [output.path for name, output in drv.outputs.items() if name in names]
-        for output in drv.outputs.values():
-            await self._protect(output.path)
-        if not wanted or await self._is_done(wanted, mode):
-            return None
         goal = self.goals[path] = Goal(path, drv, mode=mode)
         self._refuse_early(goal, drv, wanted)
         if not goal.error:

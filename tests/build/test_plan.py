@@ -72,6 +72,20 @@ class PlanTests(SynchronousTestCase):
         self.successResultOf(Deferred.fromCoroutine(planner.plan([Wanted(top)])))
         self.assertEqual(list(planner.goals), [top])
 
+    def test_nothing_to_do(self) -> None:
+        """A derivation whose outputs are valid is not even read, but protected with them."""
+        world = self.world
+        made = world.derive("made")
+        output = world.output(made)
+        Path(output).write_text("x")
+        world.store.register([Registration(output, bytes(32), 120)])
+        world.store._derivations.forget(made)
+        Path(made).unlink()
+        planner = Planner(self.clock, inline, world.store, world.roots)
+        self.successResultOf(Deferred.fromCoroutine(planner.plan([Wanted(made)])))
+        self.assertEqual(planner.goals, {})
+        self.assertLessEqual({made, output}, world.roots.paths)
+
     def test_collector_in_the_way(self) -> None:
         """While a collector reads the roots, planning waits and goes on afterwards."""
         world = self.world
