@@ -29,10 +29,12 @@ class Available:
     """What can be substituted with all that it refers to.
 
     :ivar depths: how long the longest chain of references below each is.
+    :ivar incomplete: what is offered, too, but refers to something that is not there.
     """
 
     offers: dict[StorePath, Offer] = field(default_factory=dict)
     depths: dict[StorePath, int] = field(default_factory=dict)
+    incomplete: frozenset[StorePath] = frozenset()
 
 
 class Search:
@@ -87,6 +89,7 @@ class Search:
                     plain.update(drv.inputs)
                 await turns.give()
             plain = {path for path in plain if path not in self._asked and not self._is_valid(path)}
+        self.available.incomplete = frozenset(self._open)
         return self.available
 
     def _is_valid(self, path: StorePath) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -13,7 +14,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from guixd.build import substitution
-from guixd.build.available import Search
+from guixd.build.available import Available, Search
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
@@ -25,9 +26,9 @@ from guixd.build.contents import is_intact
 from guixd.build.diskspace import DiskSpace
 from guixd.build.download import DownloadTools
 from guixd.build.durations import Durations
-from guixd.build.goals import RequestRun
+from guixd.build.goals import Past, RequestRun
 from guixd.build.plan import Goal, Planner
-from guixd.build.request import BuildMode, BuildRequest, Roots, Wanted
+from guixd.build.request import BuildMode, BuildRequest, Roots
 from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, Common, SharedBuild
 from guixd.build.substitutes import Substitutes
@@ -121,36 +122,29 @@ class Engine:
         try:
             if request.mode is BuildMode.REPAIR:
                 request = await self._repair_by_substitutes(request, observer)
-            elif request.mode is BuildMode.NORMAL:
-                is_valid = shop.store.database.is_valid
-                missing = [
-                    Wanted(want.path, itself=True)
-                    for want in request.wanted
-                    if want.is_build and not is_valid(want.path)
-                ]
-                if missing:
-                    await self._attempts(replace(request, wanted=tuple(missing)), observer, roots)
-            await self._attempts(request, observer, roots)
+            await self._carry_out(request, observer, roots)
         finally:
             if own is not None:
                 own.close()
 
-    async def _attempts(self, request: BuildRequest, observer: Observer, roots: Roots) -> None:
-        """Carry REQUEST out, once more without each substitute that could not be had."""
-        given_up: set[StorePath] = set()
-        while True:
-            failed = await self._attempt(request, observer, roots, given_up)
-            if failed <= given_up:
-                return
-            given_up |= failed
+    async def _carry_out(self, request: BuildRequest, observer: Observer, roots: Roots) -> None:
+        share = self._scheduler.share(request.options.max_jobs, client=request.options.client_uid)
+        plan = partial(self._plan, request, observer, roots)
+        run = RequestRun(self._workshop.reactor, self, plan, request, observer, share)
+        self._runs.add(run)
+        try:
+            await run.run()
+        finally:
+            self._runs.discard(run)
 
-    async def _attempt(
-        self, request: BuildRequest, observer: Observer, roots: Roots, but: Collection[StorePath]
-    ) -> set[StorePath]:
-        """Carry REQUEST out without substitutes for BUT; return what could not be had."""
+    async def _plan(
+        self, request: BuildRequest, observer: Observer, roots: Roots, past: Past
+    ) -> dict[StorePath, Goal]:
+        """Return the goals of REQUEST that are left to do, after what is PAST."""
         shop, options = self._workshop, request.options
-        available = None
+        available = Available()
         if request.mode is BuildMode.NORMAL and self._substitutes and options.use_substitutes:
+            but = past.given_up
             search = Search(
                 shop.reactor, shop.threads, shop.store, self._substitutes, options, observer, but
             )
@@ -163,25 +157,17 @@ class Engine:
             request.mode,
             failures=(options.settings or shop.settings).cache_failures,
             available=available,
+            begun=past.begun,
         )
         await planner.plan(request.wanted)
         goals = planner.goals.values()
-        if not goals:
-            return set()
         await self._rank(goals)
         for goal in goals:
-            if goal.offer is not None and available is not None:
+            if goal.offer is not None:
                 # What has the most below it comes first, and of that the largest.
                 size = goal.offer.download_size or goal.offer.narinfo.nar_size
                 goal.priority = (-available.depths[goal.path], -size)
-        share = self._scheduler.share(options.max_jobs, client=options.client_uid)
-        run = RequestRun(shop.reactor, self, goals, request, observer, share)
-        self._runs.add(run)
-        try:
-            await run.run()
-        finally:
-            self._runs.discard(run)
-        return run.given_up
+        return planner.goals
 
     async def _repair_by_substitutes(
         self, request: BuildRequest, observer: Observer

@@ -1,13 +1,20 @@
-"""Carrying out one request: its goals in order, and the error that ends it (build.md §2, §3)."""
+"""Carrying out one request: its goals in order, and the error that ends it (build.md §2, §3).
+
+The goals are planned anew, while others go on, whenever more is known than before: what is
+offered cannot be had, a derivation has come that nobody could read before, or a derivation
+with a substitute that lacked something has all that it is built from.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 
 from guixd.build import substitution
 from guixd.build.broadcast import Observer
@@ -54,18 +61,36 @@ class Builds(Protocol):
         """Let REQUEST take part in the build of GOAL."""
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What has come out so far, and counts for a new plan.
+
+    :ivar given_up: what could not be substituted although it was offered.
+    :ivar begun: the derivations whose build has begun, so that they are not substituted.
+    :ivar retried: the derivations with all that they are built from, for whose outputs
+        substitutes were looked for once more.
+    """
+
+    given_up: set[StorePath] = field(default_factory=set)
+    begun: set[StorePath] = field(default_factory=set)
+    retried: set[StorePath] = field(default_factory=set)
+
+
+Plan = Callable[[Past], Coroutine[Any, Any, dict[StorePath, Goal]]]
+"""Finds the goals of a request, by their paths."""
+
+
 class RequestRun:
     """One request while it is carried out.
 
-    :ivar given_up: what could not be substituted, so that the request is to be planned
-        anew without it.
+    :param plan: called at the start, and whenever there is something to plan anew.
     """
 
     def __init__(
         self,
         clock: IReactorTime,
         builds: Builds,
-        goals: Collection[Goal],
+        plan: Plan,
         request: BuildRequest,
         observer: Observer,
         share: Share,
@@ -73,30 +98,31 @@ class RequestRun:
         self.request = request
         self._clock = clock
         self._builds = builds
-        self._goals = goals
+        self._plan = plan
         self._observer = observer
         self._share = share
-        self._active: dict[StorePath, tuple[Running, object]] = {}
+        self._past = Past()
+        self._goals: dict[StorePath, Goal] = {}
+        self._active: dict[StorePath, tuple[Goal, Running, object]] = {}
+        self._results: dict[StorePath, tuple[Goal, Result]] = {}
         self._events: deque[tuple[Goal, Result | None]] = deque()
         self._working = False
-        self.given_up: set[StorePath] = set()
+        self._outdated = True
+        """Whether the goals are to be planned anew."""
+        self._planning: Deferred[Any] | None = None
         self._hope: Running | None = None
         """A build that was not stuck when last looked at."""
-        self._left = len(goals)
+        self._left = 0
         self._code = 1
-        self._failed: list[StorePath] = []
+        self._failed: set[StorePath] = set()
         self._general = ""
         self._done: Deferred[None] = Deferred()
 
     async def run(self) -> None:
-        """Make all that is wanted valid; there is something to do.
+        """Make all that is wanted valid.
 
         :raises BuildError: a wanted derivation failed.
         """
-        keep_going = self.request.options.keep_going
-        ready = [g for g in self._goals if not g.pending or (g.failed and not keep_going)]
-        ready.sort(key=lambda goal: goal.priority)
-        self._events.extend((goal, None) for goal in ready)
         try:
             self._work()
             await self._done
@@ -105,7 +131,7 @@ class RequestRun:
 
     def changed(self) -> None:
         """See whether anything can still go on."""
-        if self._working or self._done.called:
+        if self._working or self._done.called or self._planning is not None:
             return
         if not self._active:
             self._done.errback(BuildError(CIRCLE))
@@ -114,21 +140,61 @@ class RequestRun:
 
     def _is_stuck(self) -> bool:
         if self._hope is None or self._hope.stuck or self._hope.path not in self._active:
-            self._hope = next((b for b, _ in self._active.values() if not b.stuck), None)
+            self._hope = next((b for _, b, _ in self._active.values() if not b.stuck), None)
         return self._hope is None
 
     def _leave(self) -> None:
         self._events.clear()
         self._share.close()
-        active, self._active = self._active, {}
-        for build, attachment in active.values():
-            build.detach(attachment)
+        if self._planning is not None:
+            self._planning.cancel()
+        for path in tuple(self._active):
+            self._let_go(path)
+
+    def _let_go(self, path: StorePath) -> None:
+        _, build, attachment = self._active.pop(path)
+        build.detach(attachment)
+
+    # --- plans -----------------------------------------------------------------------
+
+    def _plan_anew(self) -> None:
+        self._outdated = False
+        self._planning = planning = Deferred.fromCoroutine(self._plan(self._past))
+        planning.addCallback(self._adopt).addErrback(self._fail)
+
+    def _fail(self, failure: Failure) -> None:
+        self._planning = None
+        if not self._done.called:
+            self._done.errback(failure)
+
+    def _adopt(self, goals: dict[StorePath, Goal]) -> None:
+        """Go on with GOALS instead of those of before; what runs and is one of them goes on."""
+        self._planning, self._outdated = None, False
+        if self._done.called:
+            return
+        self._goals, self._left = goals, len(goals)
+        self._events.clear()
+        for path, (old, _, _) in tuple(self._active.items()):
+            if path in goals and goals[path].is_same(old):
+                goals[path].started = True
+            else:
+                self._let_go(path)
+        for path, (old, result) in self._results.items():  # maybe they ended during the planning
+            if path in goals and goals[path].is_same(old):
+                goals[path].started = True
+                self._events.append((goals[path], result))
+        ready = [goal for goal in goals.values() if not goal.started and self._is_ready(goal)]
+        ready.sort(key=lambda goal: goal.priority)
+        self._events.extend((goal, None) for goal in ready)
+        if not goals:
+            self._end()
+        self._work()
+
+    def _is_ready(self, goal: Goal) -> bool:
+        # Without keep-going, it does not wait for its other inputs any more.
+        return not goal.pending or bool(goal.failed and not self.request.options.keep_going)
 
     # --- events: goals that are ready (None) or have a result ----------------------
-
-    def _event(self, goal: Goal, result: Result | None) -> None:
-        self._events.append((goal, result))
-        self._work()
 
     def _work(self) -> None:
         """Treat the events there are, one after the other, new ones included."""
@@ -151,6 +217,8 @@ class RequestRun:
             self._working = False
             raise
         self._working = False
+        if self._outdated and self._planning is None and not self._done.called:
+            self._plan_anew()
         self.changed()
 
     def _go_on(self) -> None:
@@ -159,24 +227,23 @@ class RequestRun:
 
     def _start(self, goal: Goal) -> None:
         """Begin with GOAL, whose inputs are all done, well or not."""
-        if goal.skipped or (goal.offer is not None and goal.failed):
-            self._events.append((goal, Result(Status.INCOMPLETE_CLOSURE)))
-        elif goal.failed:
-            text = (
-                f"cannot build derivation `{goal.path}':"
-                f" {goal.failed} dependencies couldn't be built"
-            )
-            self._refuse(goal, Result(Status.DEPENDENCY_FAILED, text))
+        if goal.failed:
+            self._refuse(goal, Result(Status.DEPENDENCY_FAILED, _failed_dependencies(goal)))
         elif goal.offer is not None:
             download, place = self._builds.substitute(goal, self, self._observer)
-            self._active[goal.path] = (download, place)
-            place.result.addCallback(lambda result: self._built(goal, result))
+            self._active[goal.path] = goal, download, place
+            place.result.addCallback(lambda result: self._ended(goal, result))
         elif goal.drv is None or goal.error:
             self._refuse(goal, self._refusal(goal))
+        elif goal.hopeful and goal.path not in self._past.retried:
+            if self._planning is None:
+                self._past.retried.add(goal.path)
+            self._outdated = True
         else:
+            self._past.begun.add(goal.path)
             build, attachment = self._builds.attach(goal, self, self._observer, self._share)
-            self._active[goal.path] = (build, attachment)
-            attachment.result.addCallback(lambda result: self._built(goal, result))
+            self._active[goal.path] = goal, build, attachment
+            attachment.result.addCallback(lambda result: self._ended(goal, result))
 
     def _refusal(self, goal: Goal) -> Result:
         if goal.failed_before:
@@ -188,47 +255,59 @@ class RequestRun:
             self._observer.log(Level.ERROR, result.text)
         if result.status is Status.CACHED_FAILURE:
             self._observer.trace(BuildFailedBefore(goal.path).line)
-        self._events.append((goal, result))
+        self._settle(goal, result)
 
-    def _built(self, goal: Goal, result: Result) -> None:
-        self._active.pop(goal.path, None)
-        self._event(goal, result)
-
-    def _finished(self, goal: Goal, result: Result) -> None:
-        self._left -= 1
-        keep_going = self.request.options.keep_going
+    def _ended(self, goal: Goal, result: Result) -> None:
+        """What ran for GOAL, in this plan or an older one, has ended with RESULT."""
+        if self._active.pop(goal.path, None) is None:
+            return  # it was let go
         if goal.offer is not None and not result.status.succeeded:
-            result = self._not_substituted(goal, result)
-        if result.status.unavailable:
-            for dependent in goal.dependents:
-                dependent.skipped = True
-        elif not result.status.succeeded:
+            text = result.text
+            if not (self.request.options.fallback or goal.named):
+                text += "; use `--fallback' to build what cannot be downloaded"
+            result = Result(result.status, text, general=True)
+        self._settle(goal, result)
+        self._work()
+
+    def _settle(self, goal: Goal, result: Result) -> None:
+        """GOAL has ended with RESULT, which is told once, whatever the plans are."""
+        self._results[goal.path] = goal, result
+        if not result.status.succeeded and not self._can_do_without(goal):
             self._code = max(self._code, result.status.code)
             if result.general:
                 self._general = self._general or result.text
                 if not self._ends_with_general:
                     self._observer.log(Level.ERROR, result.text)
-            if goal.top or (goal.offer is not None and not keep_going):
-                self._failed.append(goal.path)
-                if not keep_going:
-                    self._left = 0
+            if goal.top or (goal.offer is not None and not self.request.options.keep_going):
+                self._failed.add(goal.path)
+        current = self._goals.get(goal.path)
+        if current is not None and current.is_same(goal):
+            self._events.append((current, result))
+
+    def _can_do_without(self, goal: Goal) -> bool:
+        """Whether what GOAL downloads may be built instead, or not be needed."""
+        return goal.offer is not None and self.request.options.fallback and not goal.named
+
+    def _finished(self, goal: Goal, result: Result) -> None:
+        """Go on after GOAL, which may have ended in an older plan."""
+        succeeded = result.status.succeeded
+        if succeeded and goal.unfolds:
+            self._outdated = True
+            return
+        if not succeeded and self._can_do_without(goal):
+            self._past.given_up.add(goal.path)
+            self._outdated = True
+            return
+        self._left -= 1
+        if goal.path in self._failed and not self.request.options.keep_going:
+            self._left = 0
         for dependent in goal.dependents:
             dependent.pending -= 1
-            if not result.status.succeeded and not result.status.unavailable:
-                dependent.failed += 1
-            # Without keep-going, it does not wait for its other inputs any more.
-            if not dependent.pending or (dependent.failed and not keep_going):
+            dependent.failed += not succeeded
+            if self._is_ready(dependent):
                 self._events.append((dependent, None))
         if not self._left:
             self._end()
-
-    def _not_substituted(self, goal: Goal, result: Result) -> Result:
-        """Return what it means that the download of GOAL has ended with RESULT."""
-        if result.status.unavailable or self.request.options.fallback:
-            self.given_up.add(goal.path)
-            return Result(Status.NO_SUBSTITUTERS, result.text)
-        text = f"{result.text}; use `--fallback' to build what cannot be downloaded"
-        return Result(result.status, text, general=True)
 
     @property
     def _ends_with_general(self) -> bool:
@@ -245,3 +324,9 @@ class RequestRun:
             names = ", ".join(f"`{path}'" for path in sorted(self._failed))
             text = f"build of {names} failed"
         self._done.errback(BuildError(text, self._code))
+
+
+def _failed_dependencies(goal: Goal) -> str:
+    if goal.offer is not None:
+        return f"cannot download `{goal.path}': what it refers to could not be had"
+    return f"cannot build derivation `{goal.path}': {goal.failed} dependencies couldn't be built"

@@ -5,7 +5,7 @@ Only derivations with invalid wanted outputs are entered; their inputs follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from twisted.internet.interfaces import IReactorTime
@@ -37,7 +37,10 @@ class Goal:
     :ivar failed: how many inputs could not be had.
     :ivar priority: what is smaller is built first; see `chains.rank`.
     :ivar offer: the substitute, if this is not a derivation to build but an item to download.
-    :ivar skipped: whether it is not tried, as a substitute that it needs could not be had.
+    :ivar named: whether the client asks for this very item, which is no output to be made.
+    :ivar unfolds: whether there is more to plan when it is done.
+    :ivar hopeful: whether there are substitutes that lack something now, but maybe not when
+        the inputs are built.
     """
 
     path: StorePath
@@ -53,12 +56,18 @@ class Goal:
     dependents: list[Goal] = field(default_factory=list)
     priority: Priority = ()
     offer: Offer | None = None
-    skipped: bool = False
+    named: bool = False
+    unfolds: bool = False
+    hopeful: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
         """What goals are sorted by."""
         return (self.path.name, self.path)
+
+    def is_same(self, other: Goal) -> bool:
+        """Whether OTHER, of another plan, is the same work."""
+        return self.path == other.path and (self.offer is None) == (other.offer is None)
 
 
 class Planner:
@@ -68,6 +77,7 @@ class Planner:
     :param mode: of what is asked for; what that needs is built as usual.
     :param failures: whether remembered failures count.
     :param available: what can be substituted.
+    :param begun: derivations that are built even so.
     :ivar goals: what is to be built.
     """
 
@@ -81,6 +91,7 @@ class Planner:
         *,
         failures: bool = False,
         available: Available | None = None,
+        begun: Collection[StorePath] = (),
     ) -> None:
         self.goals: dict[StorePath, Goal] = {}
         self._clock = clock
@@ -90,6 +101,7 @@ class Planner:
         self._mode = mode
         self._failures = failures
         self._available = available or Available()
+        self._begun = begun
         self._intact: dict[StorePath, bool] = {}
         self._protected: set[StorePath] = set()
         self._todo: list[Goal] = []
@@ -113,7 +125,7 @@ class Planner:
                 if not self._store.database.is_valid(want.path):
                     offered = self._offered([want.path])
                     for goal in offered:
-                        goal.top = True
+                        goal.top = goal.named = True
             await turns.give()
         while self._todo:
             await self._expand(self._todo.pop())
@@ -132,7 +144,8 @@ class Planner:
         self, path: StorePath, outputs: Iterable[str] | None, mode: BuildMode
     ) -> list[Goal]:
         """Return the goals that make OUTPUTS (none named: all) of the derivation PATH valid."""
-        if mode is BuildMode.NORMAL and self._available.offers and path not in self.goals:
+        substitute = mode is BuildMode.NORMAL and self._available.offers
+        if substitute and path not in self.goals and path not in self._begun:
             database = self._store.database
             known = self._store.derivation_outputs(path) if database.is_valid(path) else {}
             names = set(outputs or ()) or set(known)
@@ -169,6 +182,9 @@ class Planner:
             return goal
         await self._protect(path)
         if not self._store.database.is_valid(path):
+            for offered in self._offered([path]):
+                offered.unfolds = True
+                return offered
             error = f"cannot build missing derivation `{path}'"
             goal = self.goals[path] = Goal(path, None, missing=True, error=error)
             return goal
@@ -262,7 +278,9 @@ class Planner:
             needed = await self._needed(path, names, mode)
             _wait_for(goal, needed)
             building = next((each for each in needed if each.offer is None), None)
-            if building is None:
+            if any(each.unfolds for each in needed):
+                unknown = []
+            elif building is None:
                 unknown = sorted(set(names) - set(self._store.derivation_outputs(path)))
             else:
                 unknown = sorted(set(names) - set(building.drv.outputs)) if building.drv else []
@@ -277,6 +295,9 @@ class Planner:
                 _wait_for(goal, offered)
                 if not offered:
                     goal.failed += 1
+        incomplete = self._available.incomplete
+        if incomplete and goal.pending and goal.mode is BuildMode.NORMAL:
+            goal.hopeful = not incomplete.isdisjoint(goal.drv.output_paths)
 
 
 def _wait_for(goal: Goal, needed: Iterable[Goal]) -> None:

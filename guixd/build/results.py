@@ -31,11 +31,6 @@ class Status(Enum):
         return self in (Status.BUILT, Status.SUBSTITUTED, Status.ALREADY_VALID)
 
     @property
-    def unavailable(self) -> bool:
-        """Whether there was no substitute, which is no failure of its own."""
-        return self in (Status.NO_SUBSTITUTERS, Status.INCOMPLETE_CLOSURE)
-
-    @property
     def code(self) -> int:
         """The status integer of a request in which this is the worst."""
         if self is Status.TIMED_OUT:

@@ -1,16 +1,24 @@
-"""A launcher that starts nothing: tests say what each builder does and when it ends."""
+"""A launcher that starts nothing, and substitutes from nowhere: tests say how all ends."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.python.failure import Failure
 
+from guixd.build.claims import Claims
+from guixd.build.results import Result, Status
+from guixd.build.substitution import Attachment
+from guixd.formats.narinfo import Narinfo
+from guixd.formats.path import StorePath
+from guixd.net.narinfos import Offer, Source
 from guixd.sandbox.spec import SandboxSpec
+from guixd.store.items import Registration
+from guixd.store.local import LocalStore
 
 
 class FakeBuilder:
@@ -103,3 +111,83 @@ class FakeLauncher:
     def running(self) -> list[str]:
         """What runs."""
         return [builder.name for builder in self.started if not builder.over]
+
+
+class FakeDownload:
+    """A substitution that a test plays."""
+
+    stuck = False
+
+    def __init__(self, store: LocalStore, offer: Offer) -> None:
+        self.path = offer.narinfo.path
+        self.dropped = False
+        self.over = False
+        self.attachment = Attachment(cast(Any, None))
+        self._store = store
+        self._offer = offer
+
+    def finish(self, contents: str = "") -> None:
+        """Make the item valid."""
+        Path(self.path).write_text(contents or self.path.name)
+        known = self._offer.narinfo
+        self._store.register(
+            [Registration(self.path, known.nar_hash, known.nar_size, known.references)]
+        )
+        self._end(Result(Status.SUBSTITUTED))
+
+    def fail(self) -> None:
+        """End without the item."""
+        self._end(Result(Status.MISC_FAILURE, f"no {self.path.name}"))
+
+    def detach(self, attachment: Attachment) -> None:
+        self.dropped = self.over = True
+
+    def _end(self, result: Result) -> None:
+        self.over = True
+        self.attachment.result.callback(result)
+
+
+class FakeSubstitutes:
+    """Keeps the downloads that were begun, by the names of the items.
+
+    :ivar store: where items go; to be set.
+    """
+
+    def __init__(self) -> None:
+        self.store: LocalStore
+        self.claims = Claims()
+        self.started: list[FakeDownload] = []
+        self.searches = 0
+        self._offers: dict[StorePath, Offer] = {}
+
+    def offer(self, path: StorePath, *references: StorePath) -> StorePath:
+        """Have PATH; return it."""
+        known = Narinfo(path, "sha256", bytes(32), 120, frozenset(references))
+        self._offers[path] = Offer(known, (Source("http://there", known),))
+        return path
+
+    def __getitem__(self, name: str) -> FakeDownload:
+        """Return the last download of the item NAME."""
+        return next(d for d in reversed(self.started) if d.path.name == name)
+
+    @property
+    def names(self) -> list[str]:
+        """What was begun, in order."""
+        return [download.path.name for download in self.started]
+
+    @property
+    def running(self) -> list[str]:
+        """What runs."""
+        return [download.path.name for download in self.started if not download.over]
+
+    async def find(self, paths: Any, _options: object, _observer: object) -> dict[StorePath, Offer]:
+        self.searches += 1
+        return {path: self._offers[path] for path in paths if path in self._offers}
+
+    def attach(self, offer: Offer, *_: object) -> tuple[FakeDownload, Attachment]:
+        download = FakeDownload(self.store, offer)
+        self.started.append(download)
+        return download, download.attachment
+
+    def stop(self) -> Deferred[None]:
+        return succeed(None)

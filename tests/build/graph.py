@@ -100,6 +100,7 @@ class World:
 
     :param users: how many build users there are; 0 for the daemon's own user.
     :param launcher: what starts builders; by default the real one.
+    :param substitutes: what need not be built; by default nothing.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class World:
         launcher: Any = None,
         threads: Any = None,
         clock: Any = None,
+        substitutes: Any = None,
         **settings: Any,
     ) -> None:
         self.top = top = temporary_directory(case, world_readable=True)
@@ -136,6 +138,7 @@ class World:
             threads = pool_threads(reactor, pool)
         self.launcher = launcher or ZygoteLauncher(reactor)
         self._threads, self._clock = threads, clock or reactor
+        self._substitutes = substitutes
         self.engine = self.another_engine()
         case.addCleanup(self._close)
         self._shell: StorePath | None = None
@@ -143,7 +146,14 @@ class World:
 
     def another_engine(self) -> Engine:
         """Return a new engine for the same store."""
-        return Engine(self._clock, self.settings, self.store, self.launcher, self._threads)
+        return Engine(
+            self._clock,
+            self.settings,
+            self.store,
+            self.launcher,
+            self._threads,
+            substitutes=self._substitutes,
+        )
 
     async def _stop(self) -> None:
         await self.engine.stop()

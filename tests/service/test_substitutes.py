@@ -306,7 +306,7 @@ class Trouble(SubstituteCase):
         self.answers[f"/nar/{path.base}"] = answer(nar_of_file(b"wrong"))
         text = await self.fails_to(path)
         self.assertIn(f"@ hash-mismatch {path} sha256 ", text)
-        self.assertIn("--fallback", text)
+        self.assertNotIn("--fallback", text)  # which would not help
         self.assertNothing(path)
         self.answers[f"/nar/{path.base}"] = answer(nar_of_file(b"right"))
         client = await self.client()
@@ -402,6 +402,27 @@ class Trouble(SubstituteCase):
         await client.set_options(set_options(("substitute-urls", self.url), try_fallback=True))
         await client.build_paths([drv])
         self.assertEqual(Path(out).read_bytes(), CONTENT)
+
+    async def test_fallback_at_once(self) -> None:
+        """U18: it is built while another download goes on."""
+        client = await self.client()
+        drv, out = await self.derive(client, f'"{self.server.url("/source")}"')
+        self.offer("", CONTENT, path=out)
+        self.answers[f"/nar/{out.base}"] = answer(b"", status="404 Not Found")
+        other = self.offer("other")
+        asked: dict[str, Deferred[Asked]] = {
+            name: Deferred() for name in (f"/nar/{other.base}", "/source")
+        }
+        for name, waiting in asked.items():
+            self.answers[name] = lambda connection, _, waiting=waiting: waiting.callback(connection)
+        await client.set_options(set_options(("substitute-urls", self.url), try_fallback=True))
+        building = client.build_paths([other, drv])
+        held, source = [await waiting for waiting in asked.values()]
+        source.send(answer(CONTENT))
+        held.send(answer(nar_of_file(b"content")))
+        await building
+        self.assertEqual(Path(out).read_bytes(), CONTENT)
+        self.assertTrue(await client.is_valid_path(other))
 
     async def test_incomplete_closure(self) -> None:
         """U17: without all that it refers to, an item is not downloaded but built."""
