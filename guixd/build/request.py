@@ -68,6 +68,8 @@ class ClientOptions:
     use_substitutes: bool = True
     substitute_urls: tuple[str, ...] = ()
     """Servers, the preferred ones first."""
+    discover: bool = False
+    """Whether servers found in the local network come before these."""
     follow_downloads: bool = False
     """Whether the client follows downloads by their traces."""
     offload: bool = True
@@ -77,6 +79,11 @@ class ClientOptions:
     client_gid: int | None = None
     settings: Settings | None = None
     """What counts instead of the daemon's settings, where a trusted client says so."""
+
+    @property
+    def may_substitute(self) -> bool:
+        """Whether there is any place to look for substitutes, and it is wanted."""
+        return self.use_substitutes and bool(self.substitute_urls or self.discover)
 
 
 @dataclass(frozen=True, slots=True)

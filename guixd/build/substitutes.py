@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -15,6 +13,7 @@ from guixd.build.lanes import Lanes
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status
 from guixd.build.scheduler import Priority
+from guixd.build.servers import Servers
 from guixd.build.substitution import Attachment, Means, Substitution
 from guixd.build.threads import Threads
 from guixd.formats.path import StorePath
@@ -22,9 +21,6 @@ from guixd.net.narinfos import Narinfos, Offer
 from guixd.net.receiving import FetcherLike
 from guixd.settings import Settings
 from guixd.store.local import LocalStore
-
-MOST_DISCOVERED = 50
-_LONGEST_LIST = 1 << 20
 
 
 class Substitutes:
@@ -46,10 +42,11 @@ class Substitutes:
         lanes: Lanes | None = None,
     ) -> None:
         self.claims = claims
-        self._settings = settings
-        self._threads = threads
         self._narinfos = narinfos
-        self._means = Means(reactor, threads, store, claims, lanes or Lanes(), narinfos, fetcher)
+        servers = Servers(threads, settings.directories.state)
+        self._means = Means(
+            reactor, threads, store, claims, lanes or Lanes(), narinfos, servers, fetcher
+        )
         self._running: dict[StorePath, Substitution] = {}
         self._ending: set[Substitution] = set()
 
@@ -57,12 +54,9 @@ class Substitutes:
         self, paths: Collection[StorePath], options: ClientOptions, observer: Observer
     ) -> dict[StorePath, Offer]:
         """Return what there is of PATHS for a client, nothing if it wants no substitutes."""
-        if not options.use_substitutes or not paths:
+        if not options.may_substitute or not paths:
             return {}
-        servers = options.substitute_urls
-        if self._settings.discover:
-            found = await self._threads(_discovered, self._settings.directories.state)
-            servers = (*found, *servers)
+        servers = await self._means.servers.of(options)
         return await self._narinfos.find(
             paths, servers, lambda line: observer.log(Level.ERROR, line)
         )
@@ -131,16 +125,3 @@ class Substitutes:
 
 def _firing(ended: Deferred[None]) -> Callable[[None], None]:
     return ended.callback
-
-
-def _discovered(state: str) -> tuple[str, ...]:
-    """Return the servers that were discovered in the local network (§11)."""
-    try:
-        with Path(state, "discover/publish").open("rb") as file:
-            lines = file.read(_LONGEST_LIST).decode("ascii", "replace").split()
-    except OSError:
-        return ()
-    servers = list(dict.fromkeys(line for line in lines if line.startswith("http://")))
-    if len(servers) > MOST_DISCOVERED:
-        servers = random.sample(servers, MOST_DISCOVERED)
-    return tuple(servers)

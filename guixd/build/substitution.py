@@ -23,6 +23,7 @@ from guixd.build.lanes import Lanes
 from guixd.build.request import ClientOptions
 from guixd.build.results import Result, Status, result_of
 from guixd.build.scheduler import Priority
+from guixd.build.servers import Servers
 from guixd.build.threads import Threads, to_the_end
 from guixd.build.transfer import Transfer
 from guixd.build.turns import BUSY_RETRY
@@ -59,6 +60,7 @@ class Means:
     claims: Claims
     lanes: Lanes
     narinfos: Narinfos
+    servers: Servers
     fetcher: FetcherLike
 
 
@@ -224,9 +226,8 @@ class Substitution:
         tried: set[str] = set()
         for sources in (self._offer.sources, None):
             if sources is None:  # the servers that were not asked before
-                sources = await self._means.narinfos.more(
-                    self._offer, self._options.substitute_urls
-                )
+                servers = await self._means.servers.of(self._options)
+                sources = await self._means.narinfos.more(self._offer, servers)
             for place in self._places(sources):
                 if place.url in tried:
                     continue

@@ -215,6 +215,20 @@ class SessionOptions:
                 return tuple(urls.split())
         return self.settings.substitute_urls
 
+    @property
+    def _servers(self) -> tuple[str, ...]:
+        """Where substitutes are looked up: what a client has set, even if it is nothing."""
+        for name in ("untrusted-substitute-urls", "substitute-urls"):
+            if name in self.table:
+                return tuple(self.table[name].split())
+        return self.settings.substitute_urls
+
+    @property
+    def _discover(self) -> bool:
+        """Whether servers in the local network are used (spec: substitutes §1)."""
+        text = self.table.get("discover")
+        return self.settings.discover if text is None else text == "true"
+
     def for_builds(self, uid: int | None, gid: int | None) -> ClientOptions:
         """Return the options of a build that the client UID:GID asks for now.
 
@@ -236,7 +250,8 @@ class SessionOptions:
             max_log_size=self._typed("build-max-log-size", self.settings.max_log_size),
             rounds=max(1, rounds),
             use_substitutes=self.use_substitutes,
-            substitute_urls=self.substitute_urls(),
+            substitute_urls=self._servers,
+            discover=self._discover,
             follow_downloads=self.follow_downloads,
             offload=self.offload,
             deduplicate=self.deduplicate,

@@ -16,7 +16,7 @@ async def repair(session: Session, path: StorePath) -> None:
     """
     store = session.store
     options = session.build_options()
-    if options.substitute_urls:
+    if options.may_substitute:
         wanted = (Wanted(path, itself=True),)
         request = BuildRequest(wanted, BuildMode.REPAIR, options, session.roots)
         try:

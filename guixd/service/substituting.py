@@ -48,7 +48,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
 
 async def _find(session: Session, paths: Collection[StorePath]) -> dict[StorePath, Offer]:
     options = session.build_options()
-    if not paths or not options.substitute_urls:
+    if not paths or not options.may_substitute:
         return {}
     return await session.daemon.substitutes.find(paths, options, session.log)
 

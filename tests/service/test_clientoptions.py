@@ -166,3 +166,29 @@ class SubstituteTests(SynchronousTestCase):
         options = SessionOptions(Settings(substitute_urls=("http://x",)))
         options.apply(request(("substitute-urls", "")))
         self.assertEqual(options.substitute_urls(), ("http://x",))
+
+    def test_servers(self) -> None:
+        """U16: what lookups use; an empty list means none, whoever sets it."""
+        for trusted in (False, True):
+            options = SessionOptions(Settings(substitute_urls=("http://x",)), trusted=trusted)
+            self.assertEqual(options.for_builds(None, None).substitute_urls, ("http://x",))
+            options.apply(request(("substitute-urls", " http://b  http://a")))
+            chosen = options.for_builds(None, None)
+            self.assertEqual(chosen.substitute_urls, ("http://b", "http://a"))
+            options.apply(request(("substitute-urls", "")))
+            chosen = options.for_builds(None, None)
+            self.assertEqual(chosen.substitute_urls, ())
+            self.assertFalse(chosen.may_substitute)
+
+    def test_discover(self) -> None:
+        """U25: whether discovered servers are used is for the trusted to say."""
+        for on in (False, True):
+            for trusted in (False, True):
+                options = SessionOptions(Settings(discover=on), trusted=trusted)
+                self.assertIs(options.for_builds(None, None).discover, on)
+                options.apply(request(("discover", "false" if on else "true")))
+                self.assertIs(options.for_builds(None, None).discover, on is not trusted)
+        options = SessionOptions(Settings(discover=True, substitute_urls=()))
+        self.assertTrue(options.for_builds(None, None).may_substitute)
+        options.apply(request(use_substitutes=False))
+        self.assertFalse(options.for_builds(None, None).may_substitute)

@@ -8,13 +8,16 @@ from pathlib import Path
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
+from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.build.servers import MOST_DISCOVERED, discovered
 from guixd.formats.nar import nar_of_file
 from guixd.formats.wire import encode_bytes
 from tests.net.servers import Asked, Server, answer, unused_port
 from tests.service.downloads import CONTENT
 from tests.service.substitutes import SubstituteCase
 from tests.service.world import set_options
+from tests.support import temporary_directory
 
 
 class GoodServer(SubstituteCase):
@@ -286,6 +289,36 @@ class WhoCounts(SubstituteCase):
         client = await self.client(urls="")
         self.assertFalse(await client.has_substitutes(path))
         self.assertEqual(self.server.requests, [])
+
+    async def test_discovered(self) -> None:
+        """U25: servers in the list are asked first, and also if the client names none."""
+        path, other = self.offer("item"), self.offer("other")
+        published = Path(self.directory, "var/discover/publish")
+        published.parent.mkdir()
+        published.write_text(f"{self.url}\nnonsense\nfile:///etc\n\x00\n{self.url}\n")
+        client = await self.client(urls="", discover="true")
+        self.assertTrue(await client.has_substitutes(path))
+        await client.build_paths([path])
+        self.assertEqual(Path(path).read_bytes(), b"content")
+        self.assertEqual(self.asked(".narinfo"), 1)
+        client = await self.client(urls="", discover="false")
+        self.assertFalse(await client.has_substitutes(other))
+        published.unlink()
+        client = await self.client(discover="true")
+        self.assertTrue(await client.has_substitutes(other))
+
+
+class DiscoveredTests(SynchronousTestCase):
+    def test_many(self) -> None:
+        """U25: at most 50 servers are used, other ones each time."""
+        state = temporary_directory(self)
+        self.assertEqual(discovered(state), ())
+        os.mkdir(state + "/discover")
+        urls = [f"http://192.0.2.{number}:8080" for number in range(200)]
+        Path(state, "discover/publish").write_text("\n".join(urls))
+        found = [discovered(state) for _ in range(4)]
+        self.assertEqual([len(set(each) & set(urls)) for each in found], [MOST_DISCOVERED] * 4)
+        self.assertGreater(len(set(found)), 1)
 
 
 class Trouble(SubstituteCase):
