@@ -28,7 +28,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -41,6 +41,8 @@ from guixd.sandbox.spec import UserNamespace
 _Kind = str | UserNamespace
 """What processes forked ahead differ in: "plain", "container", or a user namespace."""
 _MOST_WAITING = 4
+_NOBODY = 0xFFFFFFFD
+"""A user id that is given to nobody."""
 LARGEST_PACKET = 4096
 """Most bytes of a packet."""
 
@@ -270,6 +272,9 @@ class _Zygote:
         if uid in (0, os.getuid(), os.geteuid()):
             self._send("done", number, f"uid {uid} is not a build user's")
             return
+        if _has_none(uid):
+            self._send("done", number, "")
+            return
         helper = os.fork()
         if helper == 0:
             try:
@@ -281,10 +286,8 @@ class _Zygote:
 
 
 def _kill(how: Callable[[int, int], None], pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         how(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _fork(child: Callable[[], None]) -> int:
@@ -330,51 +333,54 @@ def _fork_user(user: UserNamespace, become: Callable[[], None]) -> int:
     return int(pid)
 
 
-def _end_processes_of(uid: int) -> None:
-    """Become UID and kill all its other processes; return when they are dead."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))
-    os.setgroups(())
-    os.setresuid(uid, uid, uid)
-    if _is_alone():
-        return
-    # None of them can escape by forking: fork(2) fails when a signal is pending.
-    while True:
-        _kill(os.kill, -1, signal.SIGKILL)
-        living = [pidfd for pidfd in _processes_of(uid) if not phases.is_dead(pidfd)]
-        if not living:
-            return
-        for pidfd in living:
-            phases.is_dead(pidfd, wait=True)
-            os.close(pidfd)
+def _has_none(uid: int) -> bool:
+    """Kill all processes of UID, and return whether there is certainly none.
 
-
-def _is_alone() -> bool:
-    """Whether the limit of two processes of this user allows this one a child."""
-    try:
-        pid = os.fork()
-    except BlockingIOError:
+    This process takes the power of UID only, and no id by which those could signal it.
+    """
+    if os.getresuid() != (0, 0, 0) or _is_real(_NOBODY):
         return False
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
+    try:
+        os.setresuid(_NOBODY, uid, 0)
+    except OSError:  # In a user namespace without that id.
+        return False
+    try:
+        os.kill(1, 0)
+    except PermissionError:  # Else the powers of root are still here.
+        _kill(os.kill, -1, signal.SIGKILL)
+        return not _is_real(uid)
+    finally:
+        os.setresuid(0, 0, 0)
+    return False
+
+
+def _is_real(uid: int) -> bool:
+    """Whether any process, which may have ended but not been reaped, has the real id UID."""
+    try:
+        os.getpriority(os.PRIO_USER, uid - (uid >> 31 << 32))  # a C int
+    except ProcessLookupError:
+        return False
     return True
 
 
-def _processes_of(uid: int) -> Iterator[int]:
-    """Yield a pidfd for each other process with the real or saved id UID."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
+def _end_processes_of(uid: int) -> None:
+    """Become UID and kill all its other processes; return when they are dead."""
+    os.setgroups(())
+    os.setresuid(uid, uid, uid)
+    # None of them can escape by forking: fork(2) fails when a signal is pending.
+    while True:
+        _kill(os.kill, -1, signal.SIGKILL)
+        if not any(_end_of(int(name)) for name in os.listdir("/proc") if name.isdigit()):
+            return
+
+
+def _end_of(pid: int) -> bool:
+    """Wait for the end of a killed process of this user; False if it is not, or has ended."""
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
         try:
-            pidfd = os.pidfd_open(int(name))
-        except OSError:
-            continue
-        try:
-            status = kernel.read_file(f"/proc/{name}/status")
-            ids = status.partition("\nUid:")[2].split(None, 4)[:3]
-        except OSError:
-            ids = []
-        if str(uid) in ids:
-            yield pidfd
-        else:
+            signal.pidfd_send_signal(pidfd, 0)
+            return pid != os.getpid() and not phases.is_dead(pidfd) and phases.is_dead(pidfd, True)
+        finally:
             os.close(pidfd)
+    return False

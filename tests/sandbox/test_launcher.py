@@ -253,6 +253,24 @@ class BuildUserTests(_WithLauncher, TestCase):
         self.assertIsNone(other.poll())
         await self.place.launcher.kill_user(uid)
 
+    async def test_kill_by_any_id(self) -> None:
+        """X21: who has a user's id from a program of his that is setuid dies, too; large ids."""
+        for uid in free_uid(), 0x80000000 + free_uid():
+            become = f"import os; os.setresuid({uid + 1_000_000}, {uid}, {uid}); "
+            process = subprocess.Popen(
+                [sys.executable, "-Ic", become + "print('up', flush=True); os.read(0, 1)"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            assert process.stdin is not None and process.stdout is not None
+            with process.stdin, process.stdout:
+                process.stdout.readline()
+                await self.place.launcher.kill_user(uid)
+                self.assertEqual(process.wait(30), -signal.SIGKILL)
+
     async def test_kill_root(self) -> None:
         """X22: never root's."""
         with self.assertRaises(SandboxError):
