@@ -75,7 +75,8 @@ class IFetcher(Interface):
     def fetch(request: Any, sink: int, *, head: Any = None, progress: Any = None) -> Any:
         """Fetch the body of a `net.requests.Request` into the pipe SINK, which is closed.
 
-        :param head: called with the `Head` when the body begins.
+        :param head: called with the `Head` when the body begins, and with that of
+            the rest whenever it goes on after it broke off.
         :param progress: called with the compressed bytes received, now and then.
         :return: a Deferred that fires with a `Fetched` or fails with `FetchError`;
             cancelling it gives up.

@@ -30,15 +30,15 @@ from guixd.formats.hashes import to_base32
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.receiving import FetcherLike, receive
-from guixd.net.requests import SCHEMES, Head, Request
+from guixd.net.requests import RESUMPTIONS, SCHEMES, Head, Request
 
 ARCHIVE = "https://web.archive.org/web/20260101000000/"
 """What precedes a URL in the Internet Archive, which takes the nearest date."""
-RESUMPTIONS = 5
-"""How often a transfer is taken up again that broke after something had come."""
 _REPORT = 10.0
 """Seconds between reports to readers that do not follow by traces."""
-_RESUMABLE = ("body", "timeout", "fetcher")
+_BROKEN = ("body", "timeout")
+"""Kinds of errors that may not come again, if something has come."""
+_TRIES = 3
 _KEPT_FREE = 8 << 20
 """Bytes that a download must leave free."""
 
@@ -187,13 +187,11 @@ class Download:
         if check_url(url) not in SCHEMES:
             self._say(f"URLs of type '{check_url(url)}' are not supported\n")
             return False
-        request = Request(url)
-        draft.restart()
-        for _ in range(RESUMPTIONS + 1):
-            before = draft.size
-            heads: list[Head] = []
+        request = Request(url, resumptions=RESUMPTIONS)
+        for _ in range(_TRIES):
+            draft.restart()
             try:
-                await self._receive(draft, request, shown, heads)
+                await self._receive(draft, request, shown)
             except FetchError as error:
                 self._say(f"error: {shown}: {error.text}\n")
                 if error.kind == "tls" and request.verify:
@@ -201,42 +199,38 @@ class Download:
                     request = replace(request, verify=False)
                     self._say("trying again without knowing who answers\n")
                     continue
-                more = draft.size > before or (error.kind == "fetcher" and not before)
-                if error.kind not in _RESUMABLE or not more:
+                broken = draft.size and error.kind in _BROKEN
+                if not broken and error.kind != "fetcher":
                     return False
-                if not heads or not heads[0].validator:
-                    draft.restart()
-                    request = replace(request, offset=0, validator="")
-                else:
-                    request = replace(request, offset=draft.size, validator=heads[0].validator)
-                self._say(f"trying again, from byte {request.offset}\n")
+                self._say("trying again from the beginning\n")
             else:
                 return True
         return False
 
-    async def _receive(self, draft: Draft, request: Request, shown: str, heads: list[Head]) -> None:
+    async def _receive(self, draft: Draft, request: Request, shown: str) -> None:
         path = str(self._job.drv.outputs["out"].path)
         clock = self._tools.reactor
-        told = clock.seconds()
+        told, size = clock.seconds(), None
 
         def begin(head: Head) -> None:
-            heads.append(head)
-            if head.offset == 0 and draft.size:
-                draft.restart()
-            draft.expect(head.size)
+            nonlocal size
+            if head.offset:
+                self._say(f"the connection broke, going on from byte {head.offset}\n")
+                return
+            size = head.size
+            draft.expect(size)
             if self._follow:
                 self._trace(DownloadStarted(path, shown, head.size))
             elif head.size is not None:
                 self._say(f"{head.size} bytes\n")
 
-        def progress(received: int) -> None:
+        def progress(done: int) -> None:
             nonlocal told
-            done = heads[0].offset + received
             if self._follow:
-                self._trace(DownloadProgress(path, shown, heads[0].size, done))
+                self._trace(DownloadProgress(path, shown, size, done))
             elif clock.seconds() - told >= _REPORT:
                 told = clock.seconds()
-                whole = f" of {heads[0].size}" if heads[0].size is not None else ""
+                whole = f" of {size}" if size is not None else ""
                 self._report(f"{done}{whole} bytes received\n")
 
         limit = max(draft.free_bytes() - _KEPT_FREE, 0)

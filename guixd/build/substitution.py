@@ -29,7 +29,7 @@ from guixd.build.transfer import Transfer
 from guixd.build.turns import BUSY_RETRY
 from guixd.build.watchdog import Watchdog
 from guixd.build.watchers import Event, Watcher
-from guixd.errors import Busy, GuixdError, WrongHash
+from guixd.errors import Busy, FetchError, GuixdError, WrongHash
 from guixd.formats.trace import (
     HashMismatch,
     SubstituterFailed,
@@ -48,6 +48,8 @@ from guixd.store.locks import PathLocks
 _log = Logger()
 
 NOT_FOUND = "not-found"
+_BROKEN = ("body", "timeout", "fetcher")
+"""Kinds of errors that may not come again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,7 @@ class Substitution:
             await released(self._means.reactor, [self.path + ".lock"])
 
     async def _substitute(self) -> None:
-        """Try all places until one is right.
+        """Try all places until one is right, those twice where a transfer broke.
 
         :raises GuixdError: none was.
         """
@@ -231,10 +233,11 @@ class Substitution:
             for place in self._places(sources):
                 if place.url in tried:
                     continue
-                tried.add(place.url)
                 try:
                     await self._take_in(place)
                 except GuixdError as error:
+                    if not (isinstance(error, FetchError) and error.kind in _BROKEN):
+                        tried.add(place.url)
                     self._warn(f"{place.name}: {error.text}")
                     if worst is None or isinstance(error, WrongHash):
                         worst = error

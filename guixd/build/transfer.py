@@ -15,12 +15,14 @@ from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucce
 from guixd.net.codecs import BadData, decoder
 from guixd.net.places import Place
 from guixd.net.receiving import FetcherLike, receive
-from guixd.net.requests import Head, Request
+from guixd.net.requests import RESUMPTIONS, Head, Request
 from guixd.store.incoming import Incoming
 
 CONNECT_TIMEOUT = 5.0
 IDLE_TIMEOUT = 30.0
 """Seconds until something must come; then the next place is tried."""
+LEAST = 1 << 10
+"""So many bytes must come in that time."""
 _BLOCK = 256 << 10
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -50,7 +52,6 @@ class Transfer:
         self._tell = tell
         self._progress = progress
         self._size = place.size
-        self._begun = False
 
     async def run(self) -> None:
         """Take all of it in and compare it with what it should be.
@@ -90,6 +91,8 @@ class Transfer:
             schemes=("http", "https"),
             connect_timeout=CONNECT_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
+            least=LEAST,
+            resumptions=RESUMPTIONS,
         )
 
     @property
@@ -97,6 +100,10 @@ class Transfer:
         return self._incoming.path.base
 
     def _begin(self, head: Head | None) -> None:
+        if head is not None and head.offset:
+            text = f"the connection broke; {self._name} goes on at {short_size(head.offset)}"
+            self._tell(Event(text=text, download=True))
+            return
         if self._size is None and head is not None:
             self._size = head.size
         size = "" if self._size is None else f" ({short_size(self._size)})"

@@ -152,7 +152,8 @@ class Fetcher:
     ) -> Deferred[Fetched]:
         """Fetch the body of REQUEST into the pipe SINK, whose descriptor is closed.
 
-        :param head: called when the body begins, maybe after the first bytes are in the pipe.
+        :param head: called when the body begins, maybe after the first bytes are in the pipe,
+            and when it goes on after it broke off.
         :param progress: called with the compressed bytes received, five times a second at most.
         :return: a Deferred that fails with `FetchError`; cancelling it gives up.
         """

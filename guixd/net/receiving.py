@@ -65,7 +65,8 @@ async def receive(
     :param threads: where CONSUME may be called.
     :param consume: takes the next bytes, one call at a time, maybe in a thread; what it
         raises ends the transfer and is raised here.
-    :param head: called before the first CONSUME; what it raises likewise.
+    :param head: called before the first CONSUME, and when the body goes on after it broke
+        off; what it raises likewise.
     :param progress: see `IFetcher.fetch`.
     :raises FetchError: the body is not complete; parts may have been passed on.
     """
@@ -95,12 +96,7 @@ async def receive(
     pipe.ended.addErrback(stopped)
     fetching = fetcher.fetch(request, write_end, head=began, progress=progress)
     try:
-        try:
-            fetched = await fetching
-        except FetchError:
-            if pipe.started and not problem:
-                await pipe.ended  # What had come is good to go on from.
-            raise
+        fetched = await fetching
         await pipe.ended
     except BaseException:
         await pipe.close()
@@ -140,8 +136,8 @@ class _Pipe:
         self._open = True
 
     def start(self) -> None:
-        """Begin to read."""
-        if self._open:
+        """Begin to read, if that was not done yet."""
+        if self._open and not self.started:
             self.started = True
             self._reactor.addReader(self)
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMES = ("http", "https", "ftp")
+RESUMPTIONS = 5
+"""How often a transfer had best go on where it broke off."""
 LONGEST_BODY = 1 << 20
 """Of the answer to a lookup."""
 AGENT = "GNU Guile"
@@ -41,6 +43,10 @@ class Request:
     """For each address."""
     idle_timeout: float = 60.0
     """Until the next byte must have come."""
+    least: int = 0
+    """Fewer bytes in that time are as bad as none."""
+    resumptions: int = 0
+    """How often to go on where a body broke off, if it is known to be the same."""
     headers: Sequence[tuple[str, str]] = ()
 
     def as_json(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
@@ -24,6 +25,8 @@ from guixd.net.sinks import Sink
 REDIRECTS = (301, 302, 303, 307, 308)
 PROGRESS = 0.2
 """Seconds between reports."""
+_RESUMABLE = ("body", "timeout")
+"""Kinds of errors after which a body may go on."""
 _SHORT = 64 << 10
 """Bytes of an unwanted body that are quicker taken than a new connection is opened."""
 
@@ -31,12 +34,13 @@ _SHORT = 64 << 10
 class Body(Exchange):
     """A response whose body goes to a sink.
 
+    :param least: how many bytes must come in IDLE seconds.
     :ivar begun: fires with the head.
     :ivar complete: fires with None.  Either may fail with `FetchError`, but `complete`
         only after `begun` has fired.
     """
 
-    def __init__(self, clock: Any, request: bytes, idle: float) -> None:
+    def __init__(self, clock: Any, request: bytes, idle: float, least: int = 0) -> None:
         super().__init__(request)
         self.begun: Deferred[ResponseHead] = Deferred(lambda _: self.abort())
         self.complete: Deferred[None] = Deferred(lambda _: self.abort())
@@ -44,7 +48,9 @@ class Body(Exchange):
         self._early: list[bytes] = []
         self._clock = clock
         self._idle = idle
+        self._least = least
         self._paused = False
+        self._since, self._came = clock.seconds(), 0
         self._last = clock.seconds()
         self._timer: IDelayedCall | None = None
 
@@ -55,7 +61,7 @@ class Body(Exchange):
             self._timer = self._clock.callLater(self._idle, self._look)
 
     def head(self, head: ResponseHead) -> None:
-        self._last = self._clock.seconds()
+        self._last = self._since = self._clock.seconds()
         self.pause(True)  # until it is known where the body goes
         if not self.begun.called:
             self.begun.callback(head)
@@ -71,12 +77,15 @@ class Body(Exchange):
 
     def hold(self, on: bool) -> None:
         """Say whether the sink is full."""
-        self._paused = on
         self._last = self._clock.seconds()
+        if self._paused and not on:
+            self._since, self._came = self._last, 0
+        self._paused = on
         self.pause(on)
 
     def data(self, data: bytes) -> None:
         self._last = self._clock.seconds()
+        self._came += len(data)
         if self.write is None:
             self._early.append(data)
         else:
@@ -103,21 +112,30 @@ class Body(Exchange):
             self._timer = None
 
     def _look(self) -> None:
-        self._timer = None
-        left = self._last + self._idle - self._clock.seconds()
+        self._timer, now, text = None, self._clock.seconds(), ""
+        left = self._last + self._idle - now
         if self._paused:
             left = self._idle
-        if left > 0:
+        elif left <= 0:
+            text = f"nothing came for {self._idle:g} seconds"
+        elif self.begun.called and now - self._since >= self._idle:
+            if self._came < self._least:
+                text = f"no more than {self._came} bytes came in {self._idle:g} seconds"
+            self._since, self._came = now, 0
+        if text:
+            self.failed(FetchError("timeout", text))
+            self.abort()
+        else:
             self._timer = self._clock.callLater(left, self._look)
-            return
-        self.failed(FetchError("timeout", f"nothing came for {self._idle:g} seconds"))
-        self.abort()
 
 
 class Transfer:
     """Fetches the body of a `Request` into the pipe SINK.
 
-    :param began: called with the `Head` before anything is written.
+    A body that breaks off is asked for again from there on, with what is known of it, so that
+    nothing of what was decoded and written is lost.
+
+    :param began: called with the `Head` before anything is written, and whenever it goes on.
     :param progress: called with the compressed bytes received, now and then.
     """
 
@@ -170,8 +188,8 @@ class Transfer:
         body, answer, url = await self._answer()
         head = self._head(answer, url)
         self._began(head)
-        body.flow(self._take)
-        await body.complete
+        while (broken := await self._flow(body)) is not None:
+            body = await self._go_on(head, broken)
         self._all_came = True
         if not self._is_idle:
             await self._decoded
@@ -181,6 +199,44 @@ class Transfer:
         self._sink.end(lambda: flushed.callback(None))
         await flushed
         return Fetched(head, self._received, self._written)
+
+    async def _flow(self, body: Body) -> FetchError | None:
+        """Take BODY in; return why it broke off, `None` if it did not.
+
+        :raises FetchError: going on would not help.
+        """
+        body.flow(self._take)
+        try:
+            await body.complete
+        except FetchError as error:
+            if self._over or error.kind not in _RESUMABLE or not self._received:
+                raise
+            return error
+        return None
+
+    async def _go_on(self, head: Head, broken: FetchError) -> Body:
+        """Return what is left of a body that has BROKEN off.
+
+        :raises FetchError: it cannot be had.
+        """
+        offset = head.offset + self._received
+        while self._request.resumptions and head.validator:
+            left = self._request.resumptions - 1
+            self._request = replace(
+                self._request, offset=offset, validator=head.validator, resumptions=left
+            )
+            try:
+                body, answer, url = await self._answer()
+            except FetchError as error:
+                if error.kind not in _RESUMABLE:
+                    raise
+                continue
+            rest = self._head(answer, url)
+            if rest.offset != offset:
+                raise FetchError("body", f"{broken.text}, and the server has another file now")
+            self._began(rest)
+            return body
+        raise broken
 
     @property
     def _is_idle(self) -> bool:
@@ -295,7 +351,7 @@ class Transfer:
         """Return a response; a connection that was kept too long is given up for a new one."""
         request = request_bytes(way, parts, fields)
         while True:
-            body = self._body = Body(self._reactor, request, self._request.idle_timeout)
+            body = self._body = self._new_body(request)
             kept = self._connections.take(way)
             try:
                 if kept is None:
@@ -316,7 +372,7 @@ class Transfer:
                 raise
 
     async def _get_by_ftp(self, parts: SplitResult) -> tuple[Body, ResponseHead]:
-        body = self._body = Body(self._reactor, b"", self._request.idle_timeout)
+        body = self._body = self._new_body(b"")
         timeout = self._request.connect_timeout
         running = Deferred.fromCoroutine(
             retrieve(self._reactor, parts, body, timeout=timeout, started=body.watch)
@@ -334,6 +390,9 @@ class Transfer:
         except BaseException:
             running.cancel()
             raise
+
+    def _new_body(self, request: bytes) -> Body:
+        return Body(self._reactor, request, self._request.idle_timeout, self._request.least)
 
     def _check_status(self, answer: ResponseHead, way: Way) -> None:
         if answer.status == 200 or (answer.status == 206 and self._request.offset):

@@ -9,6 +9,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredQueue, maybeDeferred
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
@@ -102,6 +103,31 @@ def answer(
 def always(response: bytes) -> Callable[[Asked, str], None]:
     """Return a script that answers RESPONSE to everything."""
     return lambda connection, _: connection.send(response)
+
+
+def in_pieces(
+    content: bytes, size: int, breaks: Callable[[Asked], object], **fields: str
+) -> Callable[[Asked, str], None]:
+    """Return a script that sends SIZE bytes, from where the request says, and then BREAKS off."""
+
+    def script(connection: Asked, request: str) -> None:
+        begin = int(request.partition("bytes=")[2].partition("-")[0] or 0)
+        rest, status = content[begin:], "206 Partial Content" if begin else "200 OK"
+        where = {"Content_Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+        told = {**fields, **(where if begin else {})}
+        connection.send(answer(rest[:size], status=status, length=len(rest), **told))
+        if len(rest) > size:
+            breaks(connection)
+
+    return script
+
+
+def drip(connection: Asked) -> None:
+    """Send a byte now and then, until the other side hangs up."""
+
+    dripping = LoopingCall(connection.send, b"x")
+    dripping.start(0.02)
+    connection.closed.addCallback(lambda _: dripping.stop())
 
 
 def unused_port() -> int:
