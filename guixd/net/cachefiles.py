@@ -53,7 +53,7 @@ class CacheFiles:
         try:
             os.makedirs(place, 0o755, exist_ok=True)
             for name, entry in entries.items():
-                _replace(f"{place}/{name}", narinfocache.serialise(entry))
+                replace_file(f"{place}/{name}", narinfocache.serialise(entry))
         except OSError:
             pass  # a full or read-only disk is no reason not to go on
 
@@ -104,7 +104,8 @@ def _contents(path: str, most: int) -> bytes | None:
     return data if len(data) <= most else None
 
 
-def _replace(path: str, data: bytes) -> None:
+def replace_file(path: str, data: bytes) -> None:
+    """Make DATA the contents of the file PATH, which everybody can read, in one step."""
     temporary = f"{path}.{os.getpid()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o644)

@@ -1,9 +1,10 @@
-"""How the fetcher gives up all that the daemon may (spec: downloads §8, substitutes §10).
+"""How helpers that read what strangers send give up all that the daemon may.
 
-It keeps the network and the descriptors that it has.  Its file system is an empty one
-with copies of what the C library needs to find servers.  As root it becomes a user that
-has nothing else; without root it gets a user namespace, in which no other process can
+They keep the network and the descriptors that they have.  Their file system is an empty one
+with copies of what the C library needs to find servers.  As root they become a user that
+has nothing else; without root they get a user namespace, in which no other process can
 be seen or signalled.  To be called in a process with one thread, with all modules loaded.
+(Spec: downloads §8, substitutes §10.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from guixd.sandbox.phases import write_maps
 
 UIDS = (2_147_400_017, 65534)
 """Ids that nothing else has; the first that can be had is taken."""
+BROWSER_UIDS = (2_147_400_018, 65534)
+"""The same for another process, so that neither can send signals to the other."""
 RESOLVER_FILES = (
     "/etc/resolv.conf",
     "/etc/hosts",
@@ -37,9 +40,10 @@ _MOST_MEMORY = 4 << 30
 _MOST_OPEN = 4096
 
 
-def confine(files: Sequence[str] = ()) -> None:
+def confine(files: Sequence[str] = (), uids: Sequence[int] = UIDS) -> None:
     """Give everything up; FILES can still be read afterwards, as they are now.
 
+    :param uids: who to become, as root.
     :raises OSError: something that should be given up could not be.
     """
     copies = {name: _read(name) for name in (*RESOLVER_FILES, *files)}
@@ -53,7 +57,7 @@ def confine(files: Sequence[str] = ()) -> None:
     _limit()
     _drop_capabilities(root)
     if root:
-        _become_nobody()
+        _become_nobody(uids)
     prctl.cap_effective.limit()
     prctl.cap_permitted.limit()
     prctl.set_no_new_privs(1)
@@ -130,12 +134,12 @@ def _drop_capabilities(root: bool) -> None:
     prctl.cap_inheritable.limit()
 
 
-def _become_nobody() -> None:
-    for uid in UIDS:
+def _become_nobody(uids: Sequence[int]) -> None:
+    for uid in uids:
         try:
             kernel.set_ids(uid, uid, ())
         except OSError:
-            if uid == UIDS[-1]:
+            if uid == uids[-1]:
                 raise
         else:
             return

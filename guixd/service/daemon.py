@@ -32,6 +32,7 @@ from guixd.service import (
 )
 from guixd.service.builder import Builder, SandboxBuilder
 from guixd.service.connection import Connection, Reactor
+from guixd.service.discovering import Discovering
 from guixd.service.drain import Drain
 from guixd.service.options import not_effective
 from guixd.service.parts import Builds, Listeners, Store, Workers
@@ -304,7 +305,8 @@ def build_gid(settings: Settings) -> int | None:
 
 
 class GuixdService(MultiService):
-    """The daemon, for embedding: `store`, `workers`, `builds` and `listeners` by name.
+    """The daemon, for embedding: `store`, `workers`, `discovering`, `builds` and
+    `listeners` by name.
 
     Parts start in this order and stop in the opposite one, each after the other.
     """
@@ -330,6 +332,7 @@ class GuixdService(MultiService):
         parts: dict[str, Service] = {
             "store": Store(self.daemon),
             "workers": self.workers,
+            "discovering": Discovering(reactor, settings, self.workers.threads, environ),
             "builds": Builds(self.daemon),
             "listeners": self.listeners,
         }

@@ -190,8 +190,8 @@ class CommandLineTests(SynchronousTestCase):
         self.assertRaises(BadSetting, parsed, "--build-uids=7-7", "--build-users-group=g")
 
     def test_not_effective(self) -> None:
-        asked = not_effective(parsed("--discover", "--no-offload"))
-        self.assertIn("discovery", asked)
+        asked = not_effective(parsed("--isolate-host-loopback", "--no-offload"))
+        self.assertIn("isolation of the host's loopback", asked)
         self.assertNotIn("offloading", asked)
 
     @settings(deadline=None, max_examples=100)
