@@ -55,7 +55,8 @@ class ILauncher(Interface):
         get a `ProcessDone` or `ProcessTerminated`.
 
         :return: a Deferred that fires with the `IProcessTransport` (its `pid`
-            is the builder's on the host) when set-up is done, just before the
+            is the builder's on the host, its `alone` whether no process of its build
+            user is left since it has ended) when set-up is done, just before the
             program is run, or fails with `SandboxError`.
         """
 

@@ -202,6 +202,8 @@ class FakeProcess:
     :ivar signals: what it was killed with.
     """
 
+    alone = True
+
     def __init__(self, pid: int, protocol: IProcessProtocol, spec: SandboxSpec) -> None:
         self.pid = pid
         self.spec = spec

@@ -137,8 +137,8 @@ class Attempt:
         """Let another build have the user and the slot."""
         user, self._user = self._user, None
         if user is not None and self._shop.users is not None:
-            # With valid outputs, its pid namespace has ended in good order.
-            self._shop.users.release(user, clean=self._contained and self._valid)
+            # With valid outputs, all has been killed, or a pid namespace has ended in good order.
+            self._shop.users.release(user, clean=self._valid)
         vacate, self._vacate = self._vacate, lambda: None
         vacate()
 

@@ -75,11 +75,11 @@ class Builder(ProcessProtocol):
             return reason
         finally:
             self._patience.end()
-            self._process = None
+            process, self._process = self._process, None
             if self._killing is not None:
                 # Else it could go on when the next build has this user.
                 await self._killing
-            if self._user is not None and not self._contained:
+            if self._user is not None and not self._contained and not process.alone:
                 await self._launcher.kill_user(self._user.uid)
 
     def hold(self, holder: str, on: bool) -> None:

@@ -101,6 +101,7 @@ class BuilderProcess:
     :ivar pid: the process id in the daemon's pid namespace.
     :ivar usage: when it has exited, its seconds of user and of system time and
         the most KiB of memory it had resident.
+    :ivar alone: whether it has exited and certainly left no process of a build user.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class BuilderProcess:
     ) -> None:
         self.pid: int = 0
         self.usage: tuple[float, float, int] | None = None
+        self.alone = False
         self.set_up: Deferred[BuilderProcess] = Deferred(self._cancel)
         self.pipe = _LogPipe(reactor, self._data, self._log_ended)
         self._protocol: Any = protocol
         self._kill = kill
-        self._ready = False
         self._running = False
         self._cancelled = False
         self._failure: SandboxError | None = None
@@ -176,20 +177,21 @@ class BuilderProcess:
 
     # What the zygote tells.
 
-    def forked(self, pid: int) -> None:
+    def started(self, pid: int) -> None:
         self.pid = pid
-        self._check_begin()
-
-    def started(self) -> None:
-        self._ready = True
-        self._check_begin()
+        if not self._cancelled:
+            self._running = True
+            self._call("makeConnection", self)
+            self.pipe.resume()
+            self.set_up.callback(self)
 
     def failed(self, phase: str, number: int, text: str) -> None:
         text = f"while setting up the container of the build: in phase '{phase}': {text}"
         self._failure = SandboxError(phase, text)
 
-    def exited(self, status: int, usage: tuple[float, float, int]) -> None:
+    def exited(self, status: int, usage: tuple[float, float, int], alone: bool) -> None:
         self.usage = usage
+        self.alone = alone
         self._over(status)
 
     def lost(self) -> None:
@@ -199,13 +201,6 @@ class BuilderProcess:
         else:
             self._failure = SandboxError("zygote", _LOST)
         self._over(signal.SIGKILL)
-
-    def _check_begin(self) -> None:
-        if self._ready and self.pid and not self._cancelled:
-            self._running = True
-            self._call("makeConnection", self)
-            self.pipe.resume()
-            self.set_up.callback(self)
 
     def _over(self, status: int) -> None:
         self._end = Failure(_reason(status))  # type: ignore[no-untyped-call]
@@ -297,7 +292,8 @@ class ZygoteLauncher:
             builder.pipe.close()
             return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
         self._builders[number] = builder
-        zygote.send(["spawn", number, _kind(spec)], builder.pipe.write_end, program)
+        uid = spec.ids.uid if spec.ids is not None and spec.root is None else 0
+        zygote.send(["spawn", number, _kind(spec), uid], builder.pipe.write_end, program)
         return builder.set_up
 
     def kill_user(self, uid: int) -> Deferred[None]:
@@ -354,8 +350,8 @@ class ZygoteLauncher:
             if not done.called:
                 done.errback(SandboxError("kill user", text)) if text else done.callback(None)
         elif what == "exited":
-            status, usage = more
-            self._builders.pop(number).exited(status, cast(Any, tuple(usage)))
+            status, usage, alone = more
+            self._builders.pop(number).exited(status, cast(Any, tuple(usage)), alone)
         else:
             getattr(self._builders[number], what)(*more)
         self._check_idle()

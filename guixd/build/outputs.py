@@ -139,10 +139,18 @@ class Harvest:
                 status = os.stat(base, dir_fd=self._source, follow_symlinks=False)
             except OSError:
                 continue  # which `collect` finds, too
-            if stat.S_ISDIR(status.st_mode) or exists(self._target, base):
+            if stat.S_ISDIR(status.st_mode) or self._has_another(base, status):
                 return False
             size += status.st_size
         return size <= SMALL
+
+    def _has_another(self, base: str, status: os.stat_result) -> bool:
+        """Whether something else than STATUS lies in the store, to be removed."""
+        try:
+            there = os.stat(base, dir_fd=self._target, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return not os.path.samestat(there, status)
 
     def take_in(self) -> tuple[Made, ...]:
         """Do `collect` and `publish` in one step, as each change of threads costs time."""

@@ -6,7 +6,6 @@ the directories to make are known.  Carried out by `guixd.sandbox.phases`.
 
 from __future__ import annotations
 
-import json
 import marshal
 from typing import Any
 
@@ -31,7 +30,7 @@ def prepare(number: int, spec: SandboxSpec) -> bytes:
     arguments = [_bytes(argument) for argument in spec.arguments]
     names = str(spec.program), str(spec.store)
     texts = str(spec.unsupported_platform), str(spec.foreign_platform)
-    started = json.dumps(["started", number]).encode()
+    started = b'["started", %d, %%b]' % number
     return marshal.dumps((number, steps, started, (*names, arguments, environment, *texts)))
 
 

@@ -41,7 +41,7 @@ from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildStarted
 from guixd.sandbox.spec import SandboxSpec
 from guixd.store.links import Links
-from guixd.store.trees import remove
+from guixd.store.trees import remove, remove_small
 
 _log = Logger()
 
@@ -304,10 +304,8 @@ class Trial:
         if log is not None and self._ends:
             await log.settle()
         try:
-            if not keep and self._contained and (log is None or log.is_small):
-                self._end_log()
-                if workspace.remove_small():
-                    return
+            if not keep and (log is None or log.is_small) and self._remove_small(workspace):
+                return
             kept = await self._shop.threads(self._clean, workspace, keep)
         except (GuixdError, OSError):
             if not self._finished:
@@ -318,6 +316,14 @@ class Trial:
             job.say.log(Level.ERROR, f"keeping build directory `{kept.path}'")
             if kept.problem:
                 job.say.log(Level.ERROR, kept.problem)
+
+    def _remove_small(self, workspace: Workspace) -> bool:
+        """Do what `_clean` does, if that takes but a moment; return whether it is done."""
+        bare = not self._contained
+        if bare and (not self._finished or self._targets.elsewhere):
+            return False  # Anything may lie where the outputs were to be.
+        self._end_log()
+        return workspace.remove_small() and (not bare or remove_small(None, self._private))
 
     def _clean(self, workspace: Workspace, keep: bool) -> Kept | None:
         """End the log and remove the directories, but for a tree to be kept; blocks."""

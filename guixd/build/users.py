@@ -145,7 +145,8 @@ class BuildUserPool:
     def release(self, user: BuildUser, *, clean: bool = False) -> None:
         """Give USER back; nothing may run under its uid any more.
 
-        :param clean: whether that is certain, as the end of a pid namespace makes it.
+        :param clean: whether that is certain, as `ILauncher.kill_user` or the end of a pid
+            namespace makes it.
         """
         lock = self._held.pop(user.uid)
         self._clean.discard(user.uid)

@@ -54,6 +54,7 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
         failure = error
         orders.shutdown(socket.SHUT_RD)  # Who has no program for it yet shall take another.
     try:
+        pid = os.readlink(b"/proc/self")  # as the daemon knows it, even in a pid namespace
         _data, descriptors, _flags, _ = socket.recv_fds(orders, 1, 2)
         if not descriptors:
             os._exit(0)
@@ -69,7 +70,7 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
             for phase, call, arguments in steps:  # noqa: B007
                 CALLS[call](*arguments)
             os.umask(0o022)
-            os.write(CONTROL, started)
+            os.write(CONTROL, started % pid)
         except BaseException as error:  # noqa: BLE001
             answer = json.dumps(["failed", number, phase, *describe(error)])
             os.write(CONTROL, answer.encode())

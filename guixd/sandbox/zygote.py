@@ -6,15 +6,16 @@ with all done that no build differs in (see `guixd.sandbox.phases`).  A packet i
 list.
 
 Requests, with the descriptors that come along:
-    ["spawn", id, kind]       the builder's log; a file with its program
+    ["spawn", id, kind, uid]  the builder's log; a file with its program
                               KIND: "plain", "container", or a user namespace as a list
+                              UID: all that runs as UID ends with it; 0 for none
     ["signal", id, number]    to the builder and its process group
     ["kill-user", id, uid]
 Answers:
-    ["forked", id, pid]       the builder's process id, as the daemon sees it
-    ["started", id]           set-up is done (before or after "forked")
+    ["started", id, pid]      set-up is done; PID is that of /proc
     ["failed", id, phase, error number, text]
-    ["exited", id, wait status, [user seconds, system seconds, most KiB resident]]
+    ["exited", id, wait status, [user seconds, system seconds, most KiB resident], alone]
+                              ALONE: whether no process of UID is left for certain
     ["done", id, text]        TEXT is empty if no process of the user is left
 """
 
@@ -56,7 +57,7 @@ class _Child:
     kind: _Kind | None
     """None for a helper."""
     uid: int = 0
-    """Whose processes a helper kills."""
+    """Whose processes a helper kills, or the end of a builder."""
 
 
 def main(control: int) -> NoReturn:
@@ -156,7 +157,7 @@ class _Zygote:
 
     # Builders.
 
-    def _spawn(self, descriptors: Sequence[int], number: int, name: Any) -> None:
+    def _spawn(self, descriptors: Sequence[int], number: int, name: Any, uid: int) -> None:
         kind = name if isinstance(name, str) else UserNamespace(*name)
         if kind != self._kind:
             self._dismiss()
@@ -164,12 +165,11 @@ class _Zygote:
             pid = self._hand_over(descriptors) or self._fork(kind, descriptors)
         except OSError as error:
             self._send("failed", number, "new process", *phases.describe(error))
-            self._send("exited", number, 256, [0, 0, 0])
+            self._send("exited", number, 256, [0, 0, 0], False)
             return
         self._kind = kind
-        self._children[pid] = _Child(number, kind)
+        self._children[pid] = _Child(number, kind, uid)
         self._pids[number] = pid
-        self._send("forked", number, pid)
 
     def _hand_over(self, descriptors: Sequence[int]) -> int:
         """Give a build to a process that waits, and return its id; 0 if there is none."""
@@ -234,11 +234,13 @@ class _Zygote:
             if found is None:
                 return
             child = self._children.pop(found.si_pid, None)
-            if child is not None and child.kind == "plain":
+            plain = child is not None and child.kind == "plain"
+            if plain:
                 # While it is not reaped no other group can have its number.
                 _kill(os.killpg, found.si_pid, signal.SIGKILL)
             _pid, status, usage = os.wait4(found.si_pid, 0)
-            if child is None or child.kind == "plain":
+            alone = plain and child is not None and child.uid != 0 and _has_none(child.uid)
+            if child is None or (plain and not alone):
                 self._end_strays()
             if child is None:
                 continue
@@ -252,7 +254,7 @@ class _Zygote:
             else:
                 del self._pids[child.build]
                 times = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss]
-                self._send("exited", child.build, status, times)
+                self._send("exited", child.build, status, times, alone)
 
     def _end_strays(self) -> None:
         """Kill what builders without a container left, when it can belong to none that runs.

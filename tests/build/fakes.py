@@ -24,6 +24,8 @@ from guixd.store.local import LocalStore
 class FakeBuilder:
     """The process and transport of a builder that a test plays."""
 
+    alone = True
+
     def __init__(self, protocol: Any, spec: SandboxSpec, pid: int) -> None:
         self.pid = pid
         self.spec = spec

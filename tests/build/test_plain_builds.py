@@ -59,6 +59,26 @@ class PlainTests(TestCase):
         self.assertEqual(caught.exception.status, 1)
         self.assertEqual(stat.S_IMODE(sentinel.stat().st_mode), 0o666)
 
+    async def test_kept_user(self) -> None:
+        """X20, X22: a user is asked for only if a process of his may be left."""
+        world, asked = self.world, list[int]()
+        kill_user = world.launcher.kill_user
+
+        def kill(uid: int) -> object:
+            asked.append(uid)
+            return kill_user(uid)
+
+        self.patch(world.launcher, "kill_user", kill)
+        await world.build(world.derive("first"))
+        self.assertEqual(asked, [FIRST_UID])
+        await world.build(world.derive("leaves", "(sleep 1000 >/dev/null 2>&1 &); echo > $out"))
+        self.assertEqual(asked, [FIRST_UID] * 2)
+        with self.assertRaises(BuildError):
+            await world.build(world.derive("failing", "exit 1"))
+        self.assertEqual(asked, [FIRST_UID] * 2)
+        await world.build(world.derive("after-failure"))
+        self.assertEqual(asked, [FIRST_UID] * 3)
+
     async def test_several_at_once(self) -> None:
         """Requests side by side do not disturb each other."""
         world = self.world

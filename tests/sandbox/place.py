@@ -35,8 +35,8 @@ _BOOT_AS = (
 
 
 def free_uid() -> int:
-    """Return a uid that nobody uses, another one in each test process."""
-    return 100_000 + os.getpid()
+    """Return the first of 32 uids that nobody uses, others in each test process."""
+    return 1_000_000_000 + 32 * os.getpid()
 
 
 class Recorder(ProcessProtocol):
@@ -183,11 +183,15 @@ class Place:
         self._builds += 1
         path = self.store.child(f"{self._builds:032}-probe.drv")
         contained = self.mode != "plain"
+        user = self.user
+        if user is not None:
+            # All that runs as this user may end with the build.
+            user = replace(user, uid=user.uid + (self._builds - 1) % 32)
         workspace = Workspace.create(
             path,
             temporary=self.settings.directories.temporary,
             use_chroot=contained,
-            user=self.user,
+            user=user,
         )
         self.case.addCleanup(workspace.remove)
         if self.user is None and os.geteuid() == 0:
@@ -200,7 +204,7 @@ class Place:
             (self.busybox, *inputs),
             build_directory=workspace.build_directory,
             root=workspace.root,
-            user=self.user,
+            user=user,
             settings=self.settings,
             cores=cores,
             host=self.host,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import marshal
 import os
 import pickle
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -190,6 +192,8 @@ class _WithLauncher:
         self.assertTrue(self.flushLoggedErrors(AttributeError))
 
 
+_LEAVES = "echo $($b setsid $b sh -c 'echo $$; exec $b sleep 1000 > /dev/null 2>&1' &)"
+
 _DAEMON = """
 import base64, os, pickle, sys
 sys.path[:] = sys.argv[2:]
@@ -305,18 +309,37 @@ class PlainTests(_WithLauncher, TestCase):
     mode = "plain"
 
     async def test_strays(self) -> None:
-        """X24: what left the builder's session dies when no builder is left."""
-        process, other = await self.place.spawn(self.spec("echo go; $b sleep 1000"))
-        await other.hear(b"go")
-        seen = await self.place.run(
-            "echo $($b setsid $b sh -c 'echo $$; exec $b sleep 1000 > /dev/null 2>&1' &)"
+        """X24: without a user, what left the session dies when no builder is left."""
+        waits, leaves = (
+            replace(self.spec(script), ids=None) for script in ("echo go; $b sleep 1000", _LEAVES)
         )
+        process, other = await self.place.spawn(waits)
+        await other.hear(b"go")
+        seen = await self.place.finish(leaves)
         stray = os.pidfd_open(int(seen.text))
         self.addCleanup(os.close, stray)
         self.assertEqual(select.select([stray], [], [], 0)[0], [])
         process.signalProcess("KILL")
         await other.ended
         self.assertTrue(select.select([stray], [], [], 60)[0])
+
+
+@requires_root
+class PlainUserTests(_WithLauncher, TestCase):
+    """Without a container, but with a build user."""
+
+    mode = "plain"
+
+    async def test_left_processes(self) -> None:
+        """X21: with a user, what left the builder's session is killed when that has ended."""
+        for script, alone in ("echo 1", True), (_LEAVES, False):
+            process, recorder = await self.place.spawn(self.spec(script))
+            await recorder.ended
+            self.assertIs(process.alone, alone)
+        with contextlib.suppress(ProcessLookupError):
+            stray = os.pidfd_open(int(recorder.output))
+            self.addCleanup(os.close, stray)
+            self.assertTrue(select.select([stray], [], [], 60)[0])
 
 
 class ProgramTests(SynchronousTestCase):
@@ -340,7 +363,7 @@ class ProgramTests(SynchronousTestCase):
             foreign_platform="f",
         )
         number, steps, started, builder = marshal.loads(prepare(7, spec))
-        self.assertEqual((number, started), (7, b'["started", 7]'))
+        self.assertEqual((number, started), (7, b'["started", 7, %b]'))
         self.assertEqual(builder, ("/s/b", "/s", [b"b", b"\xff"], {b"A": b"\n"}, "u", "f"))
         phases = [phase for phase, _ in groupby(steps, key=lambda step: step[0])]
         self.assertEqual(
