@@ -19,6 +19,9 @@ class IBuildObserver(Interface):
     def output(pid: int, chunk: bytes) -> None:
         """What the builder PID of a build wrote."""
 
+    def last_words(lines: Any, file: str) -> None:
+        """The last lines of a failed build's log, and its file, for who has not been told."""
+
     def full() -> object:
         """None, or a Deferred that fires when the client has read enough to take more output.
 

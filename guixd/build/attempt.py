@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
@@ -20,7 +20,7 @@ from guixd.build.request import BuildMode, Level
 from guixd.build.results import BuildFailure, Result, Status, result_of
 from guixd.build.targets import Targets, targets
 from guixd.build.trial import Finish, Trial
-from guixd.build.users import BuildUser
+from guixd.build.users import BuildUser, BuildUserPool
 from guixd.build.workshop import Workshop
 from guixd.errors import GuixdError
 from guixd.formats.derivation import Output
@@ -119,7 +119,9 @@ class Attempt:
             say.trace(BuildSucceeded(path).line)
         elif not result.status.succeeded:
             if not result.general:  # else it is the text of the request's error
-                say.log(Level.ERROR, result.text)
+                say.log(Level.ERROR, result.message)
+                if result.status.of_builder:
+                    say.recall(lines=result.in_log)
             if result.status is Status.CACHED_FAILURE:
                 say.trace(BuildFailedBefore(path).line)
             elif result.status is Status.TIMED_OUT:
@@ -129,9 +131,17 @@ class Attempt:
                 say.trace(BuildFailed(path, code, result.text).line)
 
     async def _with_user(self) -> Result:
-        if self._shop.users is not None and not self._here:
-            self._user = await self._job.interest.wait(self._shop.users.acquire)
+        users = self._shop.users
+        if users is not None and not self._here:
+            self._user = await self._job.interest.wait(lambda: self._acquire(users))
         return await self._with_locks()
+
+    def _acquire(self, users: BuildUserPool) -> Deferred[BuildUser]:
+        job, user = self._job, users.acquire()
+        if not user.called:
+            text = f"the build of `{job.path}' waits for a build user: other processes use all"
+            job.say.log(Level.ERROR, text)
+        return user
 
     def _make_room(self) -> None:
         """Let another build have the user and the slot."""

@@ -6,13 +6,14 @@ needs beyond that is read back from the log file (build.md §4, §11).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from guixd.build.lastwords import last_lines
 from guixd.build.logs import LogFile, LogReader
 from guixd.build.request import Level
 from guixd.build.threads import Threads
@@ -33,15 +34,14 @@ class Observer(Protocol):
     def log(self, level: int, text: str) -> None: ...
     def trace(self, line: str) -> None: ...
     def output(self, pid: int, chunk: bytes) -> None: ...
+    def last_words(self, lines: Sequence[str], file: str) -> None: ...
     def full(self) -> Deferred[None] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Message:
     position: int
-    level: int | None
-    """`None` for a trace."""
-    text: str
+    tell: Callable[[Observer], None]
 
 
 class Broadcast:
@@ -73,14 +73,23 @@ class Broadcast:
 
     def log(self, level: Level, text: str) -> None:
         """Send lines of the daemon's own."""
-        self._add(_Message(self._end, level, text))
+        self._add(lambda observer: observer.log(level, text))
 
     def trace(self, line: str) -> None:
         """Send a machine-readable line."""
-        self._add(_Message(self._end, None, line))
+        self._add(lambda observer: observer.trace(line))
 
-    def _add(self, message: _Message) -> None:
-        self._messages.append(message)
+    def recall(self, observer: Observer | None = None, *, lines: bool) -> None:
+        """Say where the log of a failed build is, and its last LINES; to one OBSERVER or to all."""
+        words = last_lines(self._tail) if lines else ()
+        file = self.log_file.path if self.log_file is not None and self.log_file.exists else ""
+        if observer is None:
+            self._add(lambda observer: observer.last_words(words, file))
+        else:
+            observer.last_words(words, file)
+
+    def _add(self, tell: Callable[[Observer], None]) -> None:
+        self._messages.append(_Message(self._end, tell))
         for follower in list(self._followers):
             follower._pump()
 
@@ -204,10 +213,7 @@ class Follower:
         if self._message < len(messages):
             message = messages[self._message]
             self._message += 1
-            if message.level is None:
-                self._observer.trace(message.text)
-            else:
-                self._observer.log(message.level, message.text)
+            message.tell(self._observer)
             return True
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from guixd.build.results import BuildFailure, Status
 from guixd.errors import NotInStore
@@ -30,11 +30,13 @@ def check_references(
     store: StoreDirectory,
     references: Mapping[StorePath, frozenset[StorePath]],
     queries: Queries,
+    locate: Callable[[StorePath, StorePath], str],
 ) -> None:
     """Test what fresh outputs refer to against the rules of their derivation; may be long.
 
     :param references: of each fresh output.
     :param queries: for what is valid already.
+    :param locate: returns the file of a fresh output that has a reference; maybe empty.
     :raises BuildFailure: a rule is broken or cannot be read (output rejected).
     """
     rules = {name: _words(drv, store, name) for name in RULES if name in drv.environment}
@@ -44,10 +46,13 @@ def check_references(
             used = _requisites(path, references, queries) if requisites else references[path]
             wrong = used - listed if name.startswith("allowed") else used & listed
             if wrong:
+                way = _way(path, min(wrong), references, queries)
                 text = f"output `{path}' refers to `{min(wrong)}', which `{name}' does not allow"
-                if requisites:
-                    text += _way(path, min(wrong), references, queries)
-                raise BuildFailure(Status.OUTPUT_REJECTED, text)
+                if way[:-1]:
+                    text += "; it comes by way of " + ", ".join(f"`{each}'" for each in way[:-1])
+                file = locate(path, way[0])
+                advice = [f"the reference to `{way[0]}' is in `{file}'"] if file else []
+                raise BuildFailure(Status.OUTPUT_REJECTED, text, *advice)
 
 
 def _words(drv: Derivation, store: StoreDirectory, name: str) -> frozenset[StorePath]:
@@ -62,6 +67,7 @@ def _words(drv: Derivation, store: StoreDirectory, name: str) -> frozenset[Store
             raise BuildFailure(
                 Status.OUTPUT_REJECTED,
                 f"invalid reference specifier `{word}' in `{name}'",
+                "it must be a store file name or the name of an output of the derivation",
             ) from None
     return frozenset(paths)
 
@@ -91,8 +97,8 @@ def _way(
     end: StorePath,
     references: Mapping[StorePath, frozenset[StorePath]],
     queries: Queries,
-) -> str:
-    """Return how END came in, by one of the shortest ways; empty if there is nothing between."""
+) -> list[StorePath]:
+    """Return how END came in, by one of the shortest ways from START, which is left out."""
     came_from: dict[StorePath, StorePath] = {start: start}
     todo = deque([start])
     while todo and end not in came_from:
@@ -102,11 +108,7 @@ def _way(
             if one not in came_from:
                 came_from[one] = path
                 todo.append(one)
-    between = []
-    path = came_from[end]
-    while path != start:
-        between.append(path)
-        path = came_from[path]
-    return (
-        "; it comes by way of " + ", ".join(f"`{p}'" for p in reversed(between)) if between else ""
-    )
+    way = [end]
+    while came_from[way[-1]] != start:
+        way.append(came_from[way[-1]])
+    return way[::-1]

@@ -17,6 +17,8 @@ from guixd.formats.trace import BuildSucceeded
 from guixd.store.items import Registration
 from guixd.store.trees import remove
 
+DIFFOSCOPE = "`diffoscope' shows in what two trees differ"
+
 
 class Delivery:
     """The way of outputs from a `Harvest` to where they belong."""
@@ -76,6 +78,7 @@ class Delivery:
             if self._job.options.keep_failed:
                 await self._set_aside(harvest, [path])
                 text += f" made `{path}{CHECK}', which is not the same as `{path}'"
+                text += f"; {DIFFOSCOPE}"
             else:
                 text += f" gave another `{path}'; use `--keep-failed' to keep that, too"
             raise BuildFailure(Status.MISC_FAILURE, text, general=True)
@@ -101,7 +104,9 @@ class Delivery:
             references = {output.path: output.references for output in made}
             await self._shop.threads(
                 self._shop.with_queries(
-                    lambda queries: check_references(drv, store.directory, references, queries)
+                    lambda queries: check_references(
+                        drv, store.directory, references, queries, harvest.locate
+                    )
                 )
             )
         return made
@@ -117,7 +122,10 @@ class Delivery:
             )
             if self._job.options.keep_failed:
                 text += f"; that one is `{output.path}{CHECK}'"
-            raise BuildFailure(Status.OUTPUT_REJECTED, text)
+                advice = DIFFOSCOPE
+            else:
+                advice = "`--keep-failed' keeps what differs, to be looked at"
+            raise BuildFailure(Status.OUTPUT_REJECTED, text, advice)
 
     async def _set_aside(self, harvest: Harvest, paths: Collection[StorePath]) -> None:
         await self._shop.threads(harvest.set_aside, paths)

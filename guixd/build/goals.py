@@ -252,7 +252,7 @@ class RequestRun:
 
     def _refuse(self, goal: Goal, result: Result) -> None:
         if not result.general:
-            self._observer.log(Level.ERROR, result.text)
+            self._observer.log(Level.ERROR, result.message)
         if result.status is Status.CACHED_FAILURE:
             self._observer.trace(BuildFailedBefore(goal.path).line)
         self._settle(goal, result)
@@ -303,7 +303,9 @@ class RequestRun:
             self._left = 0
         for dependent in goal.dependents:
             dependent.pending -= 1
-            dependent.failed += not succeeded
+            if not succeeded:
+                dependent.failed += 1
+                dependent.culprit = dependent.culprit or goal.culprit or goal.path
             if self._is_ready(dependent):
                 self._events.append((dependent, None))
         if not self._left:
@@ -329,4 +331,7 @@ class RequestRun:
 def _failed_dependencies(goal: Goal) -> str:
     if goal.offer is not None:
         return f"cannot download `{goal.path}': what it refers to could not be had"
-    return f"cannot build derivation `{goal.path}': {goal.failed} dependencies couldn't be built"
+    text = f"cannot build derivation `{goal.path}': {goal.failed} dependencies couldn't be built"
+    if goal.culprit is not None:
+        text += f"; the first that failed is `{goal.culprit}'"
+    return text

@@ -241,6 +241,11 @@ class LogFile:
             self._timer = None
 
     @property
+    def exists(self) -> bool:
+        """Whether there is a file that can be read, until `release`."""
+        return self._fd >= 0
+
+    @property
     def is_small(self) -> bool:
         """Whether `end` takes but a moment."""
         return self._codec is None and self._queued <= SMALL and self.compression != "bzip2"

@@ -25,6 +25,7 @@ from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import HashMismatch
 from guixd.store.dump import Measured
+from guixd.store.finding import find_reference
 from guixd.store.links import Links, is_shared
 from guixd.store.moves import exchange, exists, move
 from guixd.store.rewriting import rewrite
@@ -74,6 +75,7 @@ class Harvest:
     Entering it raises `BuildFailure` (output rejected) if the builder has replaced the
     directories above its outputs.
 
+    :ivar deriver: the derivation that is built.
     :ivar store: the store directory.
     :ivar private: a directory in the store that only the daemon can enter, which
         takes the outputs; it is made if it is missing.
@@ -85,6 +87,7 @@ class Harvest:
     :ivar candidates: what the outputs may refer to.
     """
 
+    deriver: StorePath
     drv: Derivation
     store: str
     private: str
@@ -208,6 +211,13 @@ class Harvest:
                 move(self._staging, base, self._target, base)
             reached("repair.exchanged")
 
+    def locate(self, output: StorePath, reference: StorePath) -> str:
+        """Return the file of the collected OUTPUT that has REFERENCE in it; empty if unknown."""
+        try:
+            return find_reference(self._staging, output.base, reference.hash_part)
+        except (OSError, GuixdError):
+            return ""
+
     def set_aside(self, paths: Iterable[StorePath]) -> None:
         """Keep the collected outputs PATHS in the store under other names, to be looked at.
 
@@ -248,7 +258,9 @@ class Harvest:
                 move(source, there, staging, base)
         except FileNotFoundError:
             raise BuildFailure(
-                Status.OUTPUT_REJECTED, f"builder failed to produce output path `{path}'"
+                Status.OUTPUT_REJECTED,
+                f"builder for `{self.deriver}' failed to produce output path `{path}'",
+                in_log=True,
             ) from None
         except BuildError as error:
             raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
@@ -289,6 +301,7 @@ class Harvest:
             raise BuildFailure(
                 Status.OUTPUT_REJECTED,
                 f"output path `{output.path}' should be a non-executable regular file",
+                "its hash is that of a file; a hash of kind `r:' is for any other output",
             )
 
     def _check_hash(self, staging: int, output: Output, nar_digest: bytes) -> None:
@@ -320,6 +333,8 @@ class Harvest:
                 Status.OUTPUT_REJECTED,
                 f"{output.algorithm} hash mismatch for output path `{output.path}':"
                 f" expected {mismatch.expected}, actual {mismatch.actual}",
+                "if this is what it should be, the derivation has to say the actual hash;"
+                " else what it was made from has changed",
             )
 
 
@@ -337,8 +352,11 @@ def _check_order(made: tuple[Made, ...]) -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
+        circle = error.args[1][::-1]
+        way = ", which refers to ".join(f"`{path}'" for path in circle[1:])
         raise BuildFailure(
-            Status.OUTPUT_REJECTED, f"cycle detected in the references of `{error.args[1][0]}'"
+            Status.OUTPUT_REJECTED,
+            f"cycle detected in the references of `{circle[0]}': it refers to {way}",
         ) from None
 
 

@@ -35,6 +35,7 @@ class Goal:
     :ivar failed_before: whether that is since a failure is remembered.
     :ivar pending: how many inputs are not built yet.
     :ivar failed: how many inputs could not be had.
+    :ivar culprit: what failed first of all that it needs.
     :ivar priority: what is smaller is built first; see `chains.rank`.
     :ivar offer: the substitute, if this is not a derivation to build but an item to download.
     :ivar named: whether the client asks for this very item, which is no output to be made.
@@ -53,6 +54,7 @@ class Goal:
     top: bool = False
     pending: int = 0
     failed: int = 0
+    culprit: StorePath | None = None
     dependents: list[Goal] = field(default_factory=list)
     priority: Priority = ()
     offer: Offer | None = None
@@ -295,6 +297,7 @@ class Planner:
                 _wait_for(goal, offered)
                 if not offered:
                     goal.failed += 1
+                    goal.culprit = goal.culprit or source
         incomplete = self._available.incomplete
         if incomplete and goal.pending and goal.mode is BuildMode.NORMAL:
             goal.hopeful = not incomplete.isdisjoint(goal.drv.output_paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from errno import EDQUOT, ENOSPC
 
 from guixd.errors import GuixdError
 
@@ -31,6 +32,16 @@ class Status(Enum):
         return self in (Status.BUILT, Status.SUBSTITUTED, Status.ALREADY_VALID)
 
     @property
+    def of_builder(self) -> bool:
+        """Whether a builder has run, and failed."""
+        return self in (
+            Status.PERMANENT_FAILURE,
+            Status.OUTPUT_REJECTED,
+            Status.TRANSIENT_FAILURE,
+            Status.TIMED_OUT,
+        )
+
+    @property
     def code(self) -> int:
         """The status integer of a request in which this is the worst."""
         if self is Status.TIMED_OUT:
@@ -47,11 +58,20 @@ class Result:
     :ivar text: what went wrong; empty after success.
     :ivar general: whether the daemon or the machine is to blame, not the
         derivation; the request's error then carries `text` itself.
+    :ivar advice: lines for people that say what to do next.
+    :ivar in_log: whether the end of the builder's log is likely to tell more.
     """
 
     status: Status
     text: str = ""
     general: bool = False
+    advice: tuple[str, ...] = ()
+    in_log: bool = False
+
+    @property
+    def message(self) -> str:
+        """All lines for people."""
+        return "\n".join((self.text, *self.advice))
 
 
 def result_of(error: BaseException) -> Result:
@@ -59,12 +79,21 @@ def result_of(error: BaseException) -> Result:
     if isinstance(error, BuildFailure):
         return error.result
     text = error.text if isinstance(error, GuixdError) else str(error) or repr(error)
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+        text += "; `guix gc' frees space in the store"
     return Result(Status.MISC_FAILURE, text, general=True)
 
 
 class BuildFailure(Exception):
     """Ends an attempt with a `Result`; internal to this layer."""
 
-    def __init__(self, status: Status, text: str, *, general: bool = False) -> None:
+    def __init__(
+        self,
+        status: Status,
+        text: str,
+        *advice: str,
+        general: bool = False,
+        in_log: bool = False,
+    ) -> None:
         super().__init__(text)
-        self.result = Result(status, text, general)
+        self.result = Result(status, text, general, advice, in_log)

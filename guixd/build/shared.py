@@ -163,7 +163,8 @@ class SharedBuild:
         """Let a client go whose limits are over, while those of others are not."""
         result = timed_out(self.path, reason).result
         self.detach(attachment)
-        attachment.observer.log(Level.ERROR, result.text)
+        attachment.observer.log(Level.ERROR, result.message)
+        self._broadcast.recall(attachment.observer, lines=True)
         attachment.observer.trace(BuildTimedOut(self.path).line)
         attachment.result.callback(result)
 

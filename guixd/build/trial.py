@@ -246,6 +246,7 @@ class Trial:
         store = shop.store.directory.path
         own = self._here or bool(self._fallback)  # made by the daemon itself
         harvest = Harvest(
+            deriver=job.path,
             drv=job.drv,
             store=store,
             private=self._private,
@@ -262,7 +263,7 @@ class Trial:
                 with harvest:
                     await shop.threads(harvest.salvage)
             limit = self._group.verdict() if self._group is not None else ""
-            raise builder_failed(job, reason.value, shop.settings.directories, limit)
+            raise builder_failed(job, reason.value, shop.settings, limit)
         try:
             with harvest:
                 await finish(harvest)

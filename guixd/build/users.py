@@ -53,7 +53,10 @@ def group_members(group: str) -> tuple[BuildUser, ...]:
     try:
         entry = grp.getgrnam(group)
     except KeyError:
-        raise UsersError(f"the group '{group}' of the build users does not exist") from None
+        raise UsersError(
+            f"the group '{group}' of the build users does not exist; create it with users in it,"
+            " or let the daemon use '--build-uids'"
+        ) from None
     users = []
     for name in entry.gr_mem:
         try:
@@ -65,7 +68,10 @@ def group_members(group: str) -> tuple[BuildUser, ...]:
         groups = tuple(os.getgrouplist(name, account.pw_gid))
         users.append(BuildUser(name, account.pw_uid, entry.gr_gid, groups))
     if not users:
-        raise UsersError(f"the group '{group}' of the build users has no members")
+        raise UsersError(
+            f"the group '{group}' of the build users has no members; 'usermod --append --groups"
+            f" {group} USER' adds one"
+        )
     return tuple(users)
 
 

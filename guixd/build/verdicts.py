@@ -7,19 +7,25 @@ import signal
 
 from twisted.internet.error import ProcessTerminated
 
+from guixd.build.container import is_native
 from guixd.build.job import Job
-from guixd.build.request import Level
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.path import StorePath
 from guixd.formats.sizes import short_size
-from guixd.settings import Directories
+from guixd.settings import Settings
 
+KILLED = (
+    "if nobody killed it, the machine was out of memory: the kernel's log tells;"
+    " fewer builds at a time (`--max-jobs') or fewer processes in it (`--cores') need less"
+)
+_SHELL = 128
+"""What shells add to the signal that ended a child, to tell it by their exit code."""
 DISK_FULL = 8 << 20
 """Free bytes below which a failure is put down to the disk."""
 
 
 def builder_failed(
-    job: Job, reason: ProcessTerminated, directories: Directories, limit: str = ""
+    job: Job, reason: ProcessTerminated, settings: Settings, limit: str = ""
 ) -> BuildFailure:
     """Return what the failure of the builder of JOB, which ended for REASON, means.
 
@@ -30,28 +36,53 @@ def builder_failed(
         end = f"failed due to signal {reason.signal} ({name})"
     else:
         end = f"failed with exit code {reason.exitCode}"
+    advice = []
     full = False
+    directories = settings.directories
     for path in dict.fromkeys((directories.store, directories.temporary)):
         free = _free(path)
         if free < DISK_FULL:
             full = True
-            job.say.log(
-                Level.ERROR,
+            advice.append(
                 "the disk is nearly full, which may be why the build failed:"
-                f" {short_size(free)} are free for `{path}'",
+                f" {short_size(free)} are free for `{path}'; `guix gc' frees space in the store"
             )
     if limit:
         end += f": {limit}"
+    elif signal.SIGKILL in (reason.signal, (reason.exitCode or 0) - _SHELL):
+        advice.append(KILLED)
+    advice += _foreign(job.drv.platform, settings)
+    advice += _keeping(job)
     transient = full or bool(limit) or job.drv.has_fixed_outputs
     return BuildFailure(
         Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
         f"builder for `{job.path}' {end}",
+        *advice,
+        in_log=True,
     )
+
+
+def _foreign(platform: str, settings: Settings) -> list[str]:
+    """Return what it may mean that the builder is for PLATFORM."""
+    if is_native(platform, settings):
+        return []
+    here = settings.system
+    text = f"it is for `{platform}', but builders run on `{here}' here"
+    if platform.partition("-")[2] == here.partition("-")[2]:
+        text += ", others only if the kernel has an emulator for them (binfmt_misc)"
+    return [text]
+
+
+def _keeping(job: Job) -> list[str]:
+    """Return how the client can look at the build directory, if it did not ask for it."""
+    if job.options.keep_failed or job.options.client_uid is None:
+        return []
+    return ["with `--keep-failed', the next build that fails leaves its build directory"]
 
 
 def timed_out(path: StorePath, reason: str) -> BuildFailure:
     """Return what it means that the build of PATH broke a limit, as REASON says."""
-    return BuildFailure(Status.TIMED_OUT, f"build of `{path}' {reason}")
+    return BuildFailure(Status.TIMED_OUT, f"build of `{path}' {reason}", in_log=True)
 
 
 def _free(path: str) -> int:

@@ -39,14 +39,16 @@ class Watchdog:
         if silence:
             self._quiet = clock.callLater(silence, self._look)
         if total:
-            self._total = clock.callLater(total, self._expire, f"timed out after {total} seconds")
+            text = f"timed out after {total} seconds, {_set_by('--timeout')}"
+            self._total = clock.callLater(total, self._expire, text)
 
     def heard(self, size: int) -> None:
         """Say that SIZE bytes of output came."""
         self._last = self._clock.seconds()
         self._written += size
         if self._size and self._written > self._size:
-            self._expire(f"wrote more than {self._size} bytes of log")
+            limit = _set_by("build-max-log-size")
+            self._expire(f"wrote more than {self._size} bytes of log, {limit}")
 
     def hold(self, on: bool) -> None:
         """Say whether the builder is held from now on."""
@@ -63,7 +65,8 @@ class Watchdog:
             self._quiet = self._clock.callLater(left, self._look)
         else:
             self._quiet = None
-            self._expire(f"timed out after {self._silence} seconds of silence")
+            limit = _set_by("--max-silent-time")
+            self._expire(f"timed out after {self._silence} seconds of silence, {limit}")
 
     def _expire(self, reason: str) -> None:
         self.stop()
@@ -76,3 +79,7 @@ class Watchdog:
                 timer.cancel()
         self._quiet = self._total = None
         self._size = 0
+
+
+def _set_by(option: str) -> str:
+    return f"the limit that the option `{option}' of the client or the daemon sets"

@@ -6,6 +6,7 @@ operation only; what comes at other times is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
@@ -97,6 +98,19 @@ class ClientLog:
             self._unfinished[pid] = data[size:]
         if size:
             self._output(pid, data[:size])
+
+    def last_words(self, lines: Sequence[str], file: str) -> None:
+        """Send the end of a failed build's log and the name of its FILE.
+
+        Not to who has it on its screen: a client that tells the logs of builds apart may
+        show none of them, and one that gets traces has read the name.
+        """
+        options = self._options
+        shows = options.verbosity >= options.build_verbosity and not options.multiplexed
+        if lines and not shows:
+            self.log(Level.ERROR, "\n  > ".join(["the last lines of its log:", *lines]))
+        if file and not options.print_trace:
+            self.log(Level.ERROR, f"the whole log is in `{file}'")
 
     def full(self) -> Deferred[None] | None:
         """Return None, or what fires when the client has read enough to take more."""

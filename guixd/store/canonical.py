@@ -61,7 +61,7 @@ def _canonicalise_node(
     mode = status.st_mode
     is_directory = stat.S_ISDIR(mode)
     if not (stat.S_ISREG(mode) or is_directory or stat.S_ISLNK(mode)):
-        raise StoreError(f"file '{down.path(name)}' has an unsupported type")
+        raise _unsupported(down.path(name), mode)
     if owner is not None and status.st_uid != owner:
         if not is_directory and identity(status) in seen:
             return
@@ -147,8 +147,21 @@ def check_output(dir_fd: int | None, name: str, owner: int | None) -> os.stat_re
     status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     writable = not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022
     if writable or (owner is not None and status.st_uid != owner):
-        raise BuildError(f"suspicious ownership or permission on '{name}'; output rejected")
+        mode = stat.S_IMODE(status.st_mode)
+        raise BuildError(
+            f"suspicious ownership or permission on '{name}' (mode {mode:o}, user {status.st_uid});"
+            " output rejected"
+        )
     return status
+
+
+def _unsupported(path: str, mode: int) -> StoreError:
+    kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "device")
+    return StoreError(
+        f"file '{path}' has an unsupported type: it is a {kind}, but the store has only regular"
+        " files, directories and symbolic links"
+    )
 
 
 def strip(dir_fd: int | None, name: str) -> None:

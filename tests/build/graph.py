@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ GID = 64099
 class Recorder:
     """An observer that keeps what it is told, in order.
 
-    :ivar events: `("log", level, text)`, `("trace", line)` and `("output", bytes)`.
+    :ivar events: `("log", level, text)`, `("trace", line)`, `("output", bytes)` and
+        `("words", lines, file)`.
     """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
@@ -57,6 +58,9 @@ class Recorder:
 
     def output(self, pid: int, chunk: bytes) -> None:
         self._add(("output", chunk), self.text + chunk.decode())
+
+    def last_words(self, lines: Sequence[str], file: str) -> None:
+        self._add(("words", tuple(lines), file), "")
 
     def full(self) -> Deferred[None] | None:
         if self.blocked is None:

@@ -98,7 +98,7 @@ class OutcomeTests(Real):
         self.assertIn("exit code 137", (await self.fail_with(100, signalled)).logs[-1])
         observer = await self.fail_with(1, world.derive("missing", "true"))
         self.assertIn("failed to produce output path", observer.logs[-1])
-        self.assertIn(" - 1 builder failed to produce", observer.traces[-1])
+        self.assertIn(" - 1 builder for `", observer.traces[-1])
 
     async def test_fixed_builder_fails(self) -> None:
         """B2, D26: a failing fixed-output builder is a transient failure, status 1."""

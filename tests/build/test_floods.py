@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
@@ -47,6 +47,9 @@ class Digest:
         self.size += len(chunk)
         self._hash.update(chunk)
         self.got(len(chunk))
+
+    def last_words(self, lines: Sequence[str], file: str) -> None:
+        pass
 
     def full(self) -> Deferred[None] | None:
         if self.blocked is None:

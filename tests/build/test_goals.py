@@ -249,7 +249,7 @@ class FailureTests(Fake):
         self.assertEqual((error.status, error.text), (100, f"build of `{drv}' failed"))
         text = f"builder for `{drv}' failed with exit code 3"
         self.assertEqual(
-            observer.events[-2:],
+            [event for event in observer.events if event[0] != "words"][-2:],
             [("log", 0, text), ("trace", f"@ build-failed {drv} - 1 {text}")],
         )
         self.assertEqual(world.leftovers(), [])
@@ -264,7 +264,9 @@ class FailureTests(Fake):
         error = self.error(building)
         self.assertEqual((error.status, error.text), (100, f"build of `{top}' failed"))
         self.assertIn(
-            f"cannot build derivation `{top}': 1 dependencies couldn't be built", observer.logs
+            f"cannot build derivation `{top}': 1 dependencies couldn't be built;"
+            f" the first that failed is `{bad}'",
+            observer.logs,
         )
         self.assertTrue(self.launcher["good"].killed)
         self.assertEqual(self.launcher.names, ["bad", "good"])
@@ -294,7 +296,9 @@ class FailureTests(Fake):
         names = ", ".join(f"`{p}'" for p in sorted([drvs[0], drvs[1], user]))
         self.assertEqual((error.status, error.text), (100, f"build of {names} failed"))
         self.assertIn(
-            f"cannot build derivation `{user}': 2 dependencies couldn't be built", observer.logs
+            f"cannot build derivation `{user}': 2 dependencies couldn't be built;"
+            f" the first that failed is `{drvs[0]}'",
+            observer.logs,
         )
         self.assertTrue(world.is_valid(drvs[2]))
 

@@ -51,6 +51,23 @@ class LogTests(SynchronousTestCase):
         log.log(Level.TALKATIVE, "d")
         self.assertEqual(messages.sent, [b"a\n", b"b\n", b"c\n"])
 
+    def test_last_words(self) -> None:
+        """P28: the end of a failed build's log, to who has perhaps not seen it, and where it is."""
+        last, where = b"the last lines of its log:\n  > a\n  > b\n", b"the whole log is in `/f'\n"
+        for options, expected in (
+            ({"multiplexed": True, "print_trace": True}, last),
+            ({"build_verbosity": 9, "print_trace": True}, last),
+            ({"build_verbosity": 9}, last + where),
+            ({"print_trace": True}, b""),
+            ({}, where),
+        ):
+            log, messages = make(verbosity=1, **options)
+            log.last_words(("a", "b"), "/f")
+            self.assertEqual(b"".join(messages.sent), expected, options)
+        log, messages = make(multiplexed=True)
+        log.last_words((), "")
+        self.assertEqual(messages.sent, [])
+
     def test_quiet_phase(self) -> None:
         """Nothing is sent while no operation is at work."""
         log, messages = make(print_trace=True)
