@@ -42,8 +42,8 @@ from guixd.sandbox.spec import UserNamespace
 _Kind = str | UserNamespace
 """What processes forked ahead differ in: "plain", "container", or a user namespace."""
 _MOST_WAITING = 4
-_NOBODY = 0xFFFFFFFD
-"""A user id that is given to nobody."""
+_NOBODY = 0xFFFFFFFD - os.getpid()
+"""A user id that is given to nobody; another for each daemon, or they would kill each other."""
 LARGEST_PACKET = 4096
 """Most bytes of a packet."""
 

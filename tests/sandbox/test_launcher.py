@@ -407,3 +407,32 @@ class ProgramTests(SynchronousTestCase):
             path, (path,), ((path, path),), path, path, path, (), (Bind(path, path),)
         )
         self.assertIn(path.encode(), prepare(1, spec))
+
+
+LOOKING = """
+import os, sys
+from guixd.sandbox import zygote
+os.setresuid(zygote._NOBODY, int(sys.argv[1]), 0)
+print("looks", flush=True)
+sys.stdin.read()
+"""
+"""A daemon's zygote in the moment in which it kills all processes of a user."""
+
+
+@requires_root
+class TwoDaemons(SynchronousTestCase):
+    """Daemons that do not know of each other."""
+
+    def test_kill_users(self) -> None:
+        """X22: while one kills what a build user left, it does not hinder or kill the other."""
+        uid = free_uid()
+        with subprocess.Popen(
+            [sys.executable, "-c", LOOKING, str(uid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            self.assertEqual(other.stdout.readline(), b"looks\n")
+            code = f"from guixd.sandbox import zygote; print(zygote._has_none({uid + 1}))"
+            told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            self.assertEqual(told.stdout, b"True\n")
+            self.assertIsNone(other.poll())
+        self.assertEqual(other.returncode, 0)
