@@ -46,6 +46,7 @@ class Substitutes(Workload):
 
     METRICS: ClassVar = {
         "query 50 substitutable paths, first": Metric("ms", more=False, ratio=10),
+        "query 50 others, new connection": Metric("ms", more=False, ratio=10),
         "substitute 50 small items": Metric("ms", more=False, ratio=10),
         "substitute one small item, new connection": Metric("ms", more=False, ratio=10),
         "substitute 256 MiB": Metric("MiB/s", ratio=2),
@@ -53,7 +54,7 @@ class Substitutes(Workload):
     options = ("--disable-chroot",)
     repetitions = 3
     delay = 0.0
-    many = 0
+    many = 50
     """How many more items there are information about."""
 
     def prepare(self, daemon: Daemon) -> None:
@@ -89,6 +90,10 @@ class Substitutes(Workload):
         with daemon.connect(substitute_urls=url) as client:
             figures.append(timed(lambda: client.substitutable(small)))
             assert sorted(client.substitutable(small)) == sorted(small)
+        others = facts["more"][:50]
+        with daemon.connect(substitute_urls=url) as client:
+            figures.append(timed(lambda: client.substitutable(others)))
+            assert sorted(client.substitutable(others)) == sorted(others)
         with daemon.connect(substitute_urls=url) as client:
             figures.append(timed(lambda: client.build(small[1:])))
             assert len(client.valid_paths(small[1:])) == len(small) - 1
@@ -116,11 +121,11 @@ class DistantSubstitutes(Substitutes):
         "look 2,000 paths up, 50 ms away": Metric("ms", more=False, ratio=3),
     }
     delay = 0.025
-    many = 2000
+    many = 2050
 
     def run(self, daemon: Daemon, repetition: int) -> dict[str, float]:
-        figures = self._measure(daemon)[1:3]
-        more = daemon.facts["more"]
+        figures = self._measure(daemon)[2:4]
+        more = daemon.facts["more"][50:]
         with daemon.connect(substitute_urls=daemon.facts["server"].url) as client:
             figures.append(timed(lambda: client.substitutable(more)))
             assert len(client.substitutable(more)) == len(more)

@@ -24,6 +24,8 @@ def set_options(session: Session, request: op.SetOptions) -> None:
         problem = session.store.ensure_user_directory(name)
         if problem:
             session.log.log(Level.INFO, problem)
+    if session.options.substitute_urls():
+        session.daemon.expect_downloads()
 
 
 def add_temp_root(session: Session, request: op.AddTempRoot) -> None:

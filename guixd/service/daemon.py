@@ -233,6 +233,19 @@ class Daemon:
             self._fetcher = Fetcher(self.reactor, self._environ)
         return self._fetcher
 
+    def expect_downloads(self) -> None:
+        """Start what downloads soon, so that the first question to a server need not wait."""
+        if self._fetcher is None:
+            self.reactor.callLater(0, self._start_fetcher)
+
+    def _start_fetcher(self) -> None:
+        if self._fetcher is not None or self._drain is not None:
+            return
+        try:
+            self.fetcher.start()
+        except OSError:
+            _log.failure("cannot start the process that downloads")
+
     @property
     def substitutes(self) -> Substitutes:
         """What servers have, for all clients; while the store is open."""

@@ -321,6 +321,20 @@ class DiscoveredTests(SynchronousTestCase):
         self.assertGreater(len(set(found)), 1)
 
 
+    async def test_ready_in_time(self) -> None:
+        """U21: what asks servers begins as soon as a client wants substitutes, and never else."""
+        daemon = self.daemon.service.daemon
+        await self.client(urls="")
+        await deferLater(reactor, 0)
+        self.assertIsNone(daemon._fetcher)
+        client = await self.client()
+        await deferLater(reactor, 0)
+        number = daemon.fetcher.pid
+        self.assertGreater(number, 0)
+        self.assertTrue(await client.has_substitutes(self.offer("item")))
+        self.assertEqual(daemon.fetcher.pid, number)
+
+
 class Trouble(SubstituteCase):
     """Servers that do not give what they promised."""
 
