@@ -89,6 +89,8 @@ class _Server:
         self._heard: dict[Connection, int] = {}
         """How many bytes had come at the last look, on connections that should say something."""
         self._stalled: set[Connection] = set()
+        self._relieved: set[Connection] = set()
+        """Those that said nothing, and whose questions were taken from them."""
         self._timer: IDelayedCall | None = None
 
     def ask(self, question: _Question) -> None:
@@ -155,13 +157,28 @@ class _Server:
 
     def _idle(self, connection: Connection) -> None:
         self.pump()
+        if connection.waiting == 0 and connection.answered:
+            self._relieve()
         if connection.waiting == 0:
             self._connections.discard(connection)
             self._lookups.connections.keep(self._way, connection)
 
+    def _relieve(self) -> None:
+        """Let others ask what a silent connection was given, as they have nothing to do.
+
+        A server that accepts but a few connections at a time may not know of it yet.
+        """
+        silent = (each for each in self._connections if each.waiting and not each.received)
+        slowest = next(silent, None)
+        if slowest is not None and slowest not in self._relieved:
+            self._relieved.add(slowest)
+            slowest.abort()
+
     def _lost(self, connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
         self._connections.discard(connection)
         self._answers += connection.answered
+        relieved = connection in self._relieved
+        self._relieved.discard(connection)
         if connection in self._stalled:
             self._stalled.discard(connection)
             error = FetchError("timeout", "the server does not answer")
@@ -175,7 +192,7 @@ class _Server:
         for exchange in reversed(exchanges):
             assert isinstance(exchange, _Question)
             # A server may close after any answer; only one that never answers is given up.
-            exchange.tries += not connection.answered
+            exchange.tries += not connection.answered and not relieved
             hopeless = error.kind == "tls" and not connection.answered
             if exchange.tries >= _TRIES or hopeless:
                 exchange.failed(error)

@@ -44,7 +44,7 @@ class StallTest(TestCase):
         self.addCleanup(self.close)
         self.lookups = Lookups(self.clock, self.connections, Proxies())
         self.answers: dict[int, Answer] = {}
-        self.held = 0
+        self.held: set[str] = set()
         self.rest: Deferred[None] = Deferred()
         self.done: Deferred[None] = Deferred()
 
@@ -61,7 +61,7 @@ class StallTest(TestCase):
     def ask(self, server: Server, count: int) -> None:
         def answered(number: int, answer: Answer) -> None:
             self.answers[number] = answer
-            if len(self.answers) + self.held == count and not self.rest.called:
+            if len(self.answers) + len(self.held) == count and not self.rest.called:
                 self.rest.callback(None)
             if len(self.answers) == count:
                 self.done.callback(None)
@@ -82,12 +82,29 @@ class StallTest(TestCase):
         self.assertEqual({each.kind for each in self.answers.values()}, {"timeout"})
         self.assertLess(len(server.requests), 10)
 
+    async def test_connections_that_say_nothing(self) -> None:
+        """U14: their questions are put again on others, without any waiting."""
+        silent: list[Asked] = []
+
+        def script(connection: Asked, _request: str) -> None:
+            if len(silent) < 3 and connection not in silent:
+                silent.append(connection)
+            if connection not in silent:
+                connection.send(answer(b"x"))
+
+        server = Server(self, script)
+        self.ask(server, 40)
+        await self.done
+        self.assertEqual({each.status for each in self.answers.values()}, {200})
+        self.assertEqual(len(silent), 3)
+        self.assertEqual(len(server.requests), 43)
+
     async def test_servers_that_answer_some(self) -> None:
         """U11: the others fail, and the rest is asked."""
 
         def script(connection: Asked, request: str) -> None:
             if any(asked.startswith("GET /1 ") for asked in connection.requests):
-                self.held += 1
+                self.held.add(request)
             else:
                 connection.send(answer(b"x"))
 
