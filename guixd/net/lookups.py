@@ -107,9 +107,11 @@ class _Server:
         for connection in sorted(self._connections, key=lambda each: each.waiting):
             if connection.usable:
                 self._fill(connection)
-        wanted = len(self._waiting) - self._opening
-        room = CONNECTIONS - self._opening - len(self._connections)
-        for _ in range(min(wanted, room)):
+        # One that was kept open is there at once, and pumps, too.
+        while (
+            len(self._waiting) > self._opening
+            and self._opening + len(self._connections) < CONNECTIONS
+        ):
             self._opening += 1
             Deferred.fromCoroutine(self._open())
 
@@ -168,11 +170,11 @@ class _Server:
 
         A server that accepts but a few connections at a time may not know of it yet.
         """
-        silent = (each for each in self._connections if each.waiting and not each.received)
-        slowest = next(silent, None)
-        if slowest is not None and slowest not in self._relieved:
-            self._relieved.add(slowest)
-            slowest.abort()
+        for each in self._connections - self._relieved:
+            if each.waiting and not each.received:
+                self._relieved.add(each)
+                each.abort()
+                return
 
     def _lost(self, connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
         self._connections.discard(connection)

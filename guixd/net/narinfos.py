@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from guixd.formats.narinfocache import CacheEntry
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.net.cachefiles import CacheFiles
 from guixd.net.requests import Answer
+from guixd.net.verdicts import Judge, Verdicts
 
 _log = Logger()
 
@@ -41,7 +43,7 @@ MOST_KEPT = 48 << 20
 _COST = 512
 """Bytes that an answer needs besides its text."""
 _AT_ONCE = 256
-"""How many answers are judged, or read from files, in one step of a thread."""
+"""How many answers are read from files in one step of a thread."""
 
 Tell = Callable[[str], object]
 """Gets a line for the user."""
@@ -55,10 +57,6 @@ class Lookups(Protocol):
         self, urls: Sequence[str], answered: Callable[[int, Answer], None]
     ) -> Awaitable[None]:
         """GET all URLS of one server; ANSWERED gets the index of each and its answer."""
-
-
-Judge = Callable[[Sequence[Narinfo]], Sequence[bool]]
-"""Says of each whether a key of the access control list has signed it; blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +141,11 @@ class Narinfos:
         for server in servers:
             if not left:
                 break
-            answers = await self._ask(server, left, tell)
+            verdicts = Verdicts(self._threads, self._judge)
+            answers = await self._ask(server, left, tell, verdicts.add)
             for path, found in answers.items():
                 said.setdefault(path, []).append(Source(server, found))
-            for path in await self._authorised(answers):
+            for path in await verdicts.all():
                 offers[path] = _offer(answers[path], said[path])
             left = [path for path in left if path not in offers]
         return offers
@@ -163,33 +162,30 @@ class Narinfos:
                 sources.append(Source(server, answers[path]))
         return tuple(sources)
 
-    # --- judging -------------------------------------------------------------------
-
-    async def _authorised(self, answers: Mapping[StorePath, Narinfo]) -> list[StorePath]:
-        signed = [(path, found) for path, found in answers.items() if found.signature]
-        good: list[StorePath] = []
-        for start in range(0, len(signed), _AT_ONCE):
-            part = signed[start : start + _AT_ONCE]
-            verdicts = await self._threads(self._judge, [found for _, found in part])
-            good += [path for (path, _), verdict in zip(part, verdicts, strict=True) if verdict]
-        return good
-
     # --- asking --------------------------------------------------------------------
 
     async def _ask(
-        self, server: str, paths: Sequence[StorePath], tell: Tell
+        self,
+        server: str,
+        paths: Sequence[StorePath],
+        tell: Tell,
+        said: Callable[[StorePath, Narinfo], object] = lambda path, found: None,
     ) -> dict[StorePath, Narinfo]:
-        """Return what SERVER says of PATHS, authorised or not."""
+        """Return what SERVER says of PATHS, authorised or not.
+
+        :param said: is told of each as soon as it is there.
+        """
         now = self._wall()
         answers: dict[StorePath, Narinfo] = {}
         missing: list[StorePath] = []
-        waiting: list[tuple[StorePath, Deferred[Narinfo | None]]] = []
+        waiting: deque[tuple[StorePath, Deferred[Narinfo | None]]] = deque()
         for path in paths:
             key = server, path
             kept = self._kept.get(key)
             if kept is not None and kept.expiry > now:
                 if kept.narinfo is not None:
                     answers[path] = kept.narinfo
+                    said(path, kept.narinfo)
                 continue
             waiters = self._asked.get(key)
             if waiters is None:
@@ -204,10 +200,11 @@ class Narinfos:
             asking.addErrback(lambda failure: _log.failure("a lookup went wrong", failure))
         try:
             while waiting:
-                path, waiter = waiting.pop()
+                path, waiter = waiting.popleft()
                 found = await waiter
                 if found is not None:
                     answers[path] = found
+                    said(path, found)
         finally:
             for _, waiter in waiting:
                 waiter.addErrback(lambda _: None)

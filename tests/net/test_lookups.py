@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from twisted.internet import reactor
@@ -10,7 +11,7 @@ from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import TestCase
 
 from guixd.net.connections import Connection, Connections
-from guixd.net.lookups import STALL, Lookups
+from guixd.net.lookups import CONNECTIONS, STALL, Lookups
 from guixd.net.proxies import Proxies
 from guixd.net.requests import Answer
 from tests.net.servers import Asked, Server, answer
@@ -58,11 +59,15 @@ class StallTest(TestCase):
                 each.abort()
             await deferLater(reactor, 0)
 
+    def look(self, count: int) -> None:
+        """Fire `rest` when all of COUNT questions are answered or held."""
+        if len(self.answers) + len(self.held) == count and not self.rest.called:
+            self.rest.callback(None)
+
     def ask(self, server: Server, count: int) -> None:
         def answered(number: int, answer: Answer) -> None:
             self.answers[number] = answer
-            if len(self.answers) + len(self.held) == count and not self.rest.called:
-                self.rest.callback(None)
+            self.look(count)
             if len(self.answers) == count:
                 self.done.callback(None)
 
@@ -82,6 +87,16 @@ class StallTest(TestCase):
         self.assertEqual({each.kind for each in self.answers.values()}, {"timeout"})
         self.assertLess(len(server.requests), 10)
 
+    async def test_connections_are_kept(self) -> None:
+        """U14: the next questions go over the same connections, and no more are opened."""
+        server = Server(self, lambda connection, _: connection.send(answer(b"x")))
+        for _ in range(3):
+            self.answers, self.done = {}, Deferred()
+            self.ask(server, 100)
+            await self.done
+            alive = sum(each.alive for each in self.connections.opened)
+            self.assertLessEqual(alive + self.connections.opening, CONNECTIONS)
+
     async def test_connections_that_say_nothing(self) -> None:
         """U14: their questions are put again on others, without any waiting."""
         silent: list[Asked] = []
@@ -96,8 +111,9 @@ class StallTest(TestCase):
         self.ask(server, 40)
         await self.done
         self.assertEqual({each.status for each in self.answers.values()}, {200})
-        self.assertEqual(len(silent), 3)
-        self.assertEqual(len(server.requests), 43)
+        asked = Counter(request.split("\r\n")[0] for request in server.requests)
+        self.assertGreaterEqual(asked.total(), 40 + len(silent))
+        self.assertLessEqual(max(asked.values()), 2)
 
     async def test_servers_that_answer_some(self) -> None:
         """U11: the others fail, and the rest is asked."""
@@ -105,6 +121,7 @@ class StallTest(TestCase):
         def script(connection: Asked, request: str) -> None:
             if any(asked.startswith("GET /1 ") for asked in connection.requests):
                 self.held.add(request)
+                self.look(50)
             else:
                 connection.send(answer(b"x"))
 

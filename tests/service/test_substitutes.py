@@ -320,7 +320,6 @@ class DiscoveredTests(SynchronousTestCase):
         self.assertEqual([len(set(each) & set(urls)) for each in found], [MOST_DISCOVERED] * 4)
         self.assertGreater(len(set(found)), 1)
 
-
     async def test_ready_in_time(self) -> None:
         """U21: what asks servers begins as soon as a client wants substitutes, and never else."""
         daemon = self.daemon.service.daemon
