@@ -21,9 +21,6 @@ GUEST_UID = 30001
 GUEST_GID = 30000
 """Ids in a user namespace, where they stand for those of the daemon."""
 HOMELESS = "/homeless-shelter"
-NO_NETWORK = (
-    "this build has no network: builds with a fixed output are run without one by this daemon"
-)
 
 _DEVICES = tuple(
     Bind(f"/dev/{name}", f"/dev/{name}", read_only=False, optional=True)

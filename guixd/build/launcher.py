@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import count
+from socket import socket
 from typing import Any, cast
 
 from twisted.internet.defer import Deferred, fail
@@ -23,9 +24,11 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from guixd.build.program import prepare
+from guixd.build.uplink import UplinkProtocol
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
 from guixd.interfaces import ILauncher
+from guixd.net.channel import pair
 from guixd.sandbox.spec import SandboxSpec
 
 _log = Logger()
@@ -33,6 +36,7 @@ _log = Logger()
 CHUNK = 65536
 """Most bytes that one `childDataReceived` passes on."""
 _LOST = "the process that runs builders has died"
+_SEVERED = "the network of this build has broken down, as slirp4netns has ended"
 
 
 @implementer(IReadDescriptor)
@@ -118,6 +122,8 @@ class BuilderProcess:
         self._cancelled = False
         self._failure: SandboxError | None = None
         self._end: Failure | None = None
+        self._uplink: UplinkProtocol | None = None
+        self._severed = False
 
     # IProcessTransport and IPushProducer.
 
@@ -175,6 +181,11 @@ class BuilderProcess:
     def getHost(self) -> IAddress:
         return ProcessAddress()
 
+    def use(self, uplink: UplinkProtocol) -> None:
+        """End with UPLINK, and let that end with this."""
+        self._uplink = uplink
+        uplink.ended.addCallback(lambda _: self._check_uplink())
+
     # What the zygote tells.
 
     def started(self, pid: int) -> None:
@@ -184,6 +195,7 @@ class BuilderProcess:
             self._call("makeConnection", self)
             self.pipe.resume()
             self.set_up.callback(self)
+            self._check_uplink()
 
     def failed(self, phase: str, number: int, text: str) -> None:
         text = f"while setting up the container of the build: in phase '{phase}': {text}"
@@ -192,7 +204,10 @@ class BuilderProcess:
     def exited(self, status: int, usage: tuple[float, float, int], alone: bool) -> None:
         self.usage = usage
         self.alone = alone
-        self._over(status)
+        if self._uplink is None:
+            self._over(status)
+        else:
+            self._uplink.end().addCallback(lambda _: self._over(status))
 
     def lost(self) -> None:
         """The zygote died, and with it, by the kernel's hand, the builder."""
@@ -202,7 +217,16 @@ class BuilderProcess:
             self._failure = SandboxError("zygote", _LOST)
         self._over(signal.SIGKILL)
 
+    def _check_uplink(self) -> None:
+        """Kill a builder that waits in vain for packets."""
+        uplink = self._uplink
+        if uplink is not None and uplink.wanted and uplink.ended.called and self._running:
+            self._severed = True
+            self._kill(signal.SIGKILL)
+
     def _over(self, status: int) -> None:
+        if self._severed and status == signal.SIGKILL:
+            self._call("childDataReceived", 1, f"guixd: {_SEVERED}\n".encode())
         self._end = Failure(_reason(status))  # type: ignore[no-untyped-call]
         if self._running:
             self._call("processExited", self._end)
@@ -276,25 +300,53 @@ class ZygoteLauncher:
         """
         assert isinstance(spec, SandboxSpec)
         try:
-            zygote = self._get_zygote()
-            number = next(self._numbers)
-            builder = BuilderProcess(
-                self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
-            )
+            if spec.uplink is None:
+                return self._start(protocol, spec).set_up
+            return self._start_connected(protocol, spec, spec.uplink.process).set_up
         except OSError as error:
             return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
         except SandboxError as error:
             return fail(error)
+
+    def _start(self, protocol: object, spec: SandboxSpec, *link: socket) -> BuilderProcess:
+        """Run the builder of SPEC, which gets LINK, a socket to another one, if it is given.
+
+        :raises OSError: or `SandboxError`: it cannot be run.
+        """
+        zygote = self._get_zygote()
+        number = next(self._numbers)
+        builder = BuilderProcess(
+            self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
+        )
         try:
             program = _memory_file(prepare(number, spec))
-        except OSError as error:
+        except OSError:
             os.close(builder.pipe.write_end)
             builder.pipe.close()
-            return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
+            raise
         self._builders[number] = builder
         uid = spec.ids.uid if spec.ids is not None and spec.root is None else 0
-        zygote.send(["spawn", number, _kind(spec), uid], builder.pipe.write_end, program)
-        return builder.set_up
+        request = ["spawn", number, _kind(spec), uid, not spec.filter]
+        descriptors = builder.pipe.write_end, program, *(end.detach() for end in link)
+        zygote.send(request, *descriptors)
+        return builder
+
+    def _start_connected(
+        self, protocol: object, spec: SandboxSpec, moving: SandboxSpec
+    ) -> BuilderProcess:
+        """Run the builder of SPEC, and MOVING, which moves its packets; both end together."""
+        uplink = UplinkProtocol()
+        ours, theirs = pair()
+        with ours, theirs:
+            process = self._start(uplink, replace(moving, cgroup=spec.cgroup), theirs)
+            uplink.watch(process)
+            try:
+                builder = self._start(protocol, spec, ours)
+            except BaseException:
+                uplink.end()
+                raise
+        builder.use(uplink)
+        return builder
 
     def kill_user(self, uid: int) -> Deferred[None]:
         """Kill every process of UID; the Deferred fires when none is left.

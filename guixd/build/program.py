@@ -12,6 +12,8 @@ from typing import Any
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import File, SandboxSpec
 
+NETWORK = "network"
+"""The phase in which a build gets its network; a build can do without."""
 _NEWCGROUP = 0x02000000
 Step = tuple[str, str, tuple[Any, ...]]
 """The name of a phase, a name in `guixd.sandbox.phases.CALLS`, and its arguments."""
@@ -52,7 +54,12 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
     tree = _Tree()
     if not spec.loopback:  # Another network, whose `lo` is down.
         tree.add("loopback", "unshare", kernel.NEWNET)
-    tree.add("root directory", "enter_root", _bytes(root))
+    if spec.uplink is not None:
+        tree.add(NETWORK, "offer_tap", spec.uplink.ipv6, spec.uplink.localnet)
+    if spec.filter:
+        _enter_empty_root(tree, _bytes(root))
+    else:
+        tree.add("root directory", "enter_root", _bytes(root))
     for file in spec.files:
         tree.add_file("files", file)
     for bind in spec.binds:
@@ -66,7 +73,24 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
         tree.add_parents("mount /dev/pts", "/dev/pts/")
         tree.add("mount /dev/pts", "mount_pts")
     tree.add("pivot root", "pivot")
-    return tree.steps + _plain(spec)
+    if not spec.filter:
+        return tree.steps + _plain(spec)
+    flags = kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY
+    tree.add("pivot root", "mount", b"none", b"/", "", flags)
+    last: list[Step] = [
+        (NETWORK, "take_tap", ()),
+        ("system call filter", "install_filter", (spec.filter,)),
+    ]
+    return tree.steps + _plain(spec) + last
+
+
+def _enter_empty_root(tree: _Tree, root: bytes) -> None:
+    """Do what has not been done for a process that keeps the network; nothing is at ROOT."""
+    spaces = kernel.NEWNS | kernel.NEWIPC | kernel.NEWUTS
+    tree.add("namespaces", "unshare", spaces)
+    tree.add("private mounts", "mount", b"none", b"/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    tree.add("root directory", "mount", b"guixd", root, "tmpfs", 0, "mode=755,size=1m")
+    tree.add("root directory", "chdir", root)
 
 
 class _Tree:

@@ -27,15 +27,17 @@ from guixd.build.graphs import VARIABLE as GRAPHS
 from guixd.build.graphs import export_graphs
 from guixd.build.job import Job
 from guixd.build.outputs import Harvest
+from guixd.build.program import NETWORK
 from guixd.build.request import BuildMode, Level
 from guixd.build.results import BuildFailure
 from guixd.build.targets import Targets
 from guixd.build.threads import inline
+from guixd.build.uplink import NoUplink, connect
 from guixd.build.users import BuildUser
 from guixd.build.verdicts import builder_failed, timed_out
 from guixd.build.workshop import Workshop
 from guixd.build.workspace import Kept, Workspace
-from guixd.errors import GuixdError
+from guixd.errors import GuixdError, SandboxError
 from guixd.faults import reached
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildStarted
@@ -163,8 +165,6 @@ class Trial:
 
     def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
         job, shop = self._job, self._shop
-        if self._contained and job.drv.has_fixed_outputs:
-            job.say.log(Level.ERROR, container.NO_NETWORK)
         return container.plan(
             self._targets.for_builder(job.drv),
             job.path,
@@ -195,6 +195,25 @@ class Trial:
         if shop.cgroups is not None:
             self._group = shop.cgroups.begin()
             spec = replace(spec, cgroup=self._group.directory)
+        if self._contained and job.drv.has_fixed_outputs:
+            return await self._start_connected(spec)
+        return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
+
+    async def _start_connected(self, spec: SandboxSpec) -> Any:
+        """Start the builder of SPEC with a network, or without where there can be none."""
+        job, shop, builder = self._job, self._shop, self._builder
+        host, isolated = shop.host, shop.settings.isolate_host_loopback
+        try:
+            connected = connect(spec, host.environment, host.machine, isolated=isolated)
+            return await job.interest.wait(lambda: shop.launcher.spawn(builder, connected))
+        except NoUplink as error:
+            why = error.text
+        except SandboxError as error:
+            if error.phase != NETWORK:
+                raise
+            why = error.text
+        # Nothing has been made yet in the directories.
+        job.say.log(Level.ERROR, f"this build has no network: {why}")
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
 
     async def _run_builder(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Failure:

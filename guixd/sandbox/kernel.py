@@ -7,7 +7,6 @@ Numbers are those of the kernel's headers (spec: sandbox §12); each function ra
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import platform
 import socket
@@ -44,9 +43,6 @@ _MOUNT_SETATTR = 442
 _machine = platform.machine()
 _PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203}.get(_machine, 41)
 _KEYCTL = {"x86_64": 250, "i686": 288, "armv7l": 311, "ppc64le": 271}.get(_machine, 219)
-_SIOCSIFFLAGS = 0x8914
-_IFF_UP, _IFF_LOOPBACK, _IFF_RUNNING = 1, 8, 0x40
-_LOOPBACK_UP = struct.pack("16sH22x", b"lo", _IFF_UP | _IFF_LOOPBACK | _IFF_RUNNING)
 _READ_ONLY = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,7 +63,6 @@ _umount = _function("umount2", c_char_p, c_int)
 _personality = _function("personality", c_ulong)
 _setdomainname = _function("setdomainname", c_char_p, c_size_t)
 _prctl = _function("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
-_socket = _function("socket", c_int, c_int, c_int)
 _close_range = _function("syscall", c_long, c_uint, c_uint, c_uint)
 _mount_setattr = _function("syscall", c_long, c_int, c_char_p, c_uint, c_char_p, c_size_t)
 _pivot_root = _function("syscall", c_long, c_char_p, c_char_p)
@@ -147,15 +142,6 @@ def clear_ambient_capabilities() -> None:
 def join_new_session_keyring() -> None:
     """Replace the session keyring, which would be shared with the daemon, by an empty one."""
     _check(_keyctl(_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, None))
-
-
-def bring_up_loopback() -> None:
-    """Bring `lo` of this network namespace up; the kernel gives it its addresses."""
-    control = _check(_socket(socket.AF_INET, socket.SOCK_DGRAM, 0))
-    try:
-        fcntl.ioctl(control, _SIOCSIFFLAGS, _LOOPBACK_UP)
-    finally:
-        os.close(control)
 
 
 def write_file(path: str, text: str) -> None:

@@ -23,6 +23,7 @@ import prctl
 
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import UserNamespace
+from guixd.uplink import devices, filter
 
 CONTROL = 3
 """Descriptor of the socket to the daemon, in the zygote and until the exec."""
@@ -55,10 +56,10 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
         orders.shutdown(socket.SHUT_RD)  # Who has no program for it yet shall take another.
     try:
         pid = os.readlink(b"/proc/self")  # as the daemon knows it, even in a pid namespace
-        _data, descriptors, _flags, _ = socket.recv_fds(orders, 1, 2)
+        _data, descriptors, _flags, _ = socket.recv_fds(orders, 1, 3)
         if not descriptors:
             os._exit(0)
-        log, program = descriptors
+        log, program, *link = descriptors
         number, steps, started, builder = marshal.loads(kernel.read_all(program))
         try:
             if failure is not None:
@@ -66,6 +67,8 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
+            for descriptor in link:
+                devices.move(descriptor, devices.LINK)
             os.umask(0)
             for phase, call, arguments in steps:  # noqa: B007
                 CALLS[call](*arguments)
@@ -148,7 +151,7 @@ PLAIN: Sequence[tuple[str, Callable[[], None]]] = (
 CONTAINED = (
     *PLAIN,
     ("namespaces", _namespaces),
-    ("loopback", kernel.bring_up_loopback),
+    ("loopback", devices.bring_up_loopback),
     ("host names", _host_names),
     ("private mounts", _private_mounts),
 )
@@ -253,9 +256,10 @@ def _lock_mounts(uid: int) -> None:
 
 _OF_OS = os.chdir, os.chmod, os.lchown, os.symlink
 _OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare, kernel.write_file
+_OF_UPLINK = devices.offer_tap, devices.take_tap, filter.install_filter
 _OWN = _bind, _die_with_zygote, _enter_root, _lock_mounts, _make_directory, _make_file, _mount_pts
 CALLS: Mapping[str, Callable[..., Any]] = {
-    call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OWN, _pivot)
+    call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OF_UPLINK, *_OWN, _pivot)
 }
 
 

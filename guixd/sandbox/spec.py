@@ -60,6 +60,18 @@ class UserNamespace:
 
 
 @dataclass(frozen=True, slots=True)
+class Uplink:
+    """The device `tap0` of a build, and the process that moves packets between it and the machine.
+
+    For `ipv6` and `localnet` see `guixd.uplink.devices.offer_tap`.
+    """
+
+    process: SandboxSpec
+    ipv6: bool = False
+    localnet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """A builder and all that it will see."""
 
@@ -86,6 +98,10 @@ class SandboxSpec:
     user_namespace: UserNamespace | None = None
     loopback: bool = True
     """Whether `lo` is brought up."""
+    uplink: Uplink | None = None
+    """How it gets at the machine's network, if it may."""
+    filter: bytes = b""
+    """If not empty: it moves the packets of another one under this filter, see `Uplink`."""
     personality: int = 0x0040000
     """Argument of personality(2)."""
     unsupported_platform: str = ""

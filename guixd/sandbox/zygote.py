@@ -6,9 +6,12 @@ with all done that no build differs in (see `guixd.sandbox.phases`).  A packet i
 list.
 
 Requests, with the descriptors that come along:
-    ["spawn", id, kind, uid]  the builder's log; a file with its program
+    ["spawn", id, kind, uid, own]
+                              the builder's log; a file with its program; maybe a socket to
+                              another process (see `guixd.uplink`)
                               KIND: "plain", "container", or a user namespace as a list
                               UID: all that runs as UID ends with it; 0 for none
+                              OWN: false if it keeps the machine's network
     ["signal", id, number]    to the builder and its process group
     ["kill-user", id, uid]
 Answers:
@@ -38,6 +41,7 @@ import prctl
 
 from guixd.sandbox import kernel, phases
 from guixd.sandbox.spec import UserNamespace
+from guixd.uplink.devices import move
 
 _Kind = str | UserNamespace
 """What processes forked ahead differ in: "plain", "container", or a user namespace."""
@@ -62,8 +66,8 @@ class _Child:
 
 def main(control: int) -> NoReturn:
     """Serve the daemon at the descriptor CONTROL until it hangs up."""
-    _move(control, phases.CONTROL)
-    _move(os.pidfd_open(os.getpid()), phases.ZYGOTE)
+    move(control, phases.CONTROL)
+    move(os.pidfd_open(os.getpid()), phases.ZYGOTE)
     os.setsid()
     os.umask(0o022)
     prctl.set_name("guixd-zygote")
@@ -88,14 +92,6 @@ def main(control: int) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)  # Builders die with this process, see `phases`.
-
-
-def _move(descriptor: int, to: int) -> None:
-    if descriptor == to:
-        os.set_inheritable(to, False)
-    else:
-        os.dup2(descriptor, to, inheritable=False)
-        os.close(descriptor)
 
 
 class _Zygote:
@@ -139,7 +135,7 @@ class _Zygote:
         self._control.sendall(json.dumps(answer).encode(), socket.MSG_NOSIGNAL)
 
     def _receive(self) -> bool:
-        data, descriptors, _flags, _ = socket.recv_fds(self._control, LARGEST_PACKET, 2)
+        data, descriptors, _flags, _ = socket.recv_fds(self._control, LARGEST_PACKET, 3)
         if not data:
             return False
         what, number, *arguments = json.loads(data)
@@ -157,17 +153,20 @@ class _Zygote:
 
     # Builders.
 
-    def _spawn(self, descriptors: Sequence[int], number: int, name: Any, uid: int) -> None:
+    def _spawn(
+        self, descriptors: Sequence[int], number: int, name: Any, uid: int, own: bool
+    ) -> None:
         kind = name if isinstance(name, str) else UserNamespace(*name)
-        if kind != self._kind:
+        if own and kind != self._kind:
             self._dismiss()
         try:
-            pid = self._hand_over(descriptors) or self._fork(kind, descriptors)
+            pid = (own and self._hand_over(descriptors)) or self._fork(kind, descriptors, own)
         except OSError as error:
             self._send("failed", number, "new process", *phases.describe(error))
             self._send("exited", number, 256, [0, 0, 0], False)
             return
-        self._kind = kind
+        if own:
+            self._kind = kind
         self._children[pid] = _Child(number, kind, uid)
         self._pids[number] = pid
 
@@ -192,7 +191,7 @@ class _Zygote:
         while self._waiting:
             self._waiting.popitem()[1].close()
 
-    def _fork(self, kind: _Kind, descriptors: Sequence[int] = ()) -> int:
+    def _fork(self, kind: _Kind, descriptors: Sequence[int] = (), own: bool = True) -> int:
         """Return the id of a new process for a build, which waits if there are no DESCRIPTORS."""
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -201,7 +200,7 @@ class _Zygote:
 
             def become() -> None:
                 signal.set_wakeup_fd(-1)
-                phases.serve(theirs, kind != "plain")
+                phases.serve(theirs, own and kind != "plain")
 
             if isinstance(kind, UserNamespace):
                 pid = _fork_user(kind, become)

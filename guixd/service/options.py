@@ -310,7 +310,6 @@ def not_effective(settings: Settings) -> tuple[str, ...]:
     """Name what SETTINGS ask for and this version does not do yet."""
     asked = {
         "offloading": settings.offload,
-        "isolation of the host's loopback": settings.isolate_host_loopback,
     }
     return tuple(name for name, wanted in asked.items() if wanted)
 

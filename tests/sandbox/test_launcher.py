@@ -24,7 +24,7 @@ from guixd.errors import SandboxError
 from guixd.formats.path import StoreDirectory
 from guixd.sandbox import kernel
 from guixd.sandbox.phases import CALLS
-from guixd.sandbox.spec import Bind, File, Ids, SandboxSpec, UserNamespace
+from guixd.sandbox.spec import Bind, File, Ids, SandboxSpec, Uplink, UserNamespace
 from tests.sandbox.place import BUSYBOX, Place, free_uid
 from tests.support import requires_root, requires_user_namespaces
 
@@ -398,6 +398,22 @@ class ProgramTests(SynchronousTestCase):
             [(call, *arguments) for phase, call, arguments in steps if phase == "bind mounts"],
             [("make_directory", b"a/b"), ("bind", b"/a", b"a/b/c", False, True)],
         )
+
+    def test_uplink(self) -> None:
+        """X29: the network comes before any file; who moves packets is under its filter at last."""
+        jail = SandboxSpec("/p", ("p",), (), "/", "", "/r", ids=Ids(1, 2), filter=b"f")
+        spec = replace(jail, filter=b"", loopback=False, uplink=Uplink(jail, True, False))
+        steps = marshal.loads(prepare(1, spec))[1]
+        self.assertEqual(steps[0], ("loopback", "unshare", (kernel.NEWNET,)))
+        self.assertEqual(steps[1], ("network", "offer_tap", (True, False)))
+        steps = marshal.loads(prepare(1, jail))[1]
+        self.assertNotIn(("enter_root", (b"/r",)), [step[1:] for step in steps])
+        self.assertFalse([step for step in steps if step[2] == (kernel.NEWNET,)])
+        self.assertEqual(
+            [step[1] for step in steps[-4:]],
+            ["set_ids", "die_with_zygote", "take_tap", "install_filter"],
+        )
+        self.assertLessEqual({call for _, call, _ in steps}, set(CALLS))
 
     def test_texts(self) -> None:
         """X25: store paths become plain text, which any marshalled program is made of."""

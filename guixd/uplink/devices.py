@@ -1,0 +1,137 @@
+"""The network devices of a build, set up in its own network namespace (spec: sandbox §6, §7).
+
+A build that may use the network has a device `tap0`.  What it sends there reaches another
+process, slirp4netns, as packets, and that one talks to the machine's network.  Both are
+children of the zygote, and connected by a socket until the packets flow.
+
+Each function raises `OSError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import socket
+import struct
+
+LINK = 5
+"""Descriptor of the socket between the two processes."""
+TAP = 6
+"""Descriptor of the device in the process that moves packets."""
+ADDRESS, ROUTER, NAME_SERVER = "10.0.2.100", "10.0.2.2", "10.0.2.3"
+ADDRESS6, ROUTER6, LOCAL6 = "fd00::80", "fd00::2", "fe80::80"
+DEVICE = "/dev/net/tun"
+
+_NAME = b"tap0"
+_NETMASK = "255.255.255.0"
+_SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
+_TUNSETIFF = 0x800454CA if platform.machine().startswith("ppc") else 0x400454CA
+_UP, _LOOPBACK, _RUNNING = 1, 8, 0x40
+_TAP, _NO_PACKET_INFORMATION = 2, 0x1000
+_ROUTE_UP, _ROUTE_BY_GATEWAY, _ROUTE_TO_HOST = 1, 2, 4
+_IPV6 = "/proc/sys/net/ipv6"
+
+
+def move(descriptor: int, to: int, *, inheritable: bool = False) -> None:
+    """Give DESCRIPTOR the number TO."""
+    if descriptor == to:
+        os.set_inheritable(to, inheritable)
+    else:
+        os.dup2(descriptor, to, inheritable)
+        os.close(descriptor)
+
+
+def bring_up_loopback() -> None:
+    """Bring `lo` up; the kernel gives it its addresses."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        _set_flags(control, b"lo", _UP | _LOOPBACK | _RUNNING)
+
+
+def offer_tap(ipv6: bool, localnet: bool) -> None:
+    """Make and set up the device, hand it to the other process, and wait until that is ready.
+
+    :param ipv6: whether the machine has an IPv6 address that others can reach.
+    :param localnet: whether 127.0.0.0/8 may be routed, for proxies at such an address.
+    """
+    tap = os.open(DEVICE, os.O_RDWR)
+    kind = _TAP | _NO_PACKET_INFORMATION
+    fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", _NAME, kind))
+    _set_up(ipv6)
+    if localnet:
+        _write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
+    try:
+        with socket.socket(fileno=LINK) as link:
+            socket.send_fds(link, [b"\0"], [tap], socket.MSG_NOSIGNAL)
+            ready = link.recv(1)
+    except ConnectionError:
+        ready = b""
+    if ready != b"1":
+        text = "slirp4netns, of which version 1.3.0 or later is needed, did not become ready"
+        raise ConnectionError(errno.ECONNRESET, text)
+    os.close(tap)
+
+
+def take_tap() -> None:
+    """Wait for the device, and keep it and the socket for the program that comes next."""
+    with socket.socket(fileno=os.dup(LINK)) as link:
+        _data, descriptors, _flags, _ = socket.recv_fds(link, 1, 1)
+    if not descriptors:
+        raise ConnectionError(errno.ECONNRESET, "there is no build any more")
+    move(descriptors[0], TAP, inheritable=True)
+    os.set_inheritable(LINK, True)
+
+
+def _set_up(ipv6: bool) -> None:
+    """Give the device its addresses and routes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        for request, address in (_SIOCSIFADDR, ADDRESS), (_SIOCSIFNETMASK, _NETMASK):
+            data = struct.pack("16s16s14x", _NAME, _socket_address(address))
+            fcntl.ioctl(control, request, data)
+        if has_ipv6 := os.path.isdir(_IPV6):
+            # Addresses count at once, and nobody else on this net tells which ones there are.
+            for name in "accept_dad", "accept_ra":
+                _write(f"{_IPV6}/conf/tap0/{name}", "0")
+        _set_flags(control, _NAME, _UP | _RUNNING)
+        anywhere = _socket_address("0.0.0.0")
+        route = (anywhere, _socket_address(ROUTER), anywhere, _ROUTE_UP | _ROUTE_BY_GATEWAY)
+        fcntl.ioctl(control, _SIOCADDRT, struct.pack("L16s16s16sHhLPhPLLH0L", 0, *route, *[0] * 8))
+    if has_ipv6:
+        _set_up_ipv6(ipv6)
+
+
+def _set_up_ipv6(reachable: bool) -> None:
+    index = socket.if_nametoindex(_NAME.decode())
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
+        for address in (LOCAL6, ADDRESS6) if reachable else (LOCAL6,):
+            fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16sIi", _packed(address), 64, index))
+        # Without an address the machine has no use for packets to anywhere.
+        if reachable:
+            route = _packed("::"), bytes(16), _packed(ROUTER6), 0, 0
+            flags = _ROUTE_UP | _ROUTE_BY_GATEWAY
+        else:
+            route = _packed(ROUTER6), bytes(16), bytes(16), 0, 128
+            flags = _ROUTE_UP | _ROUTE_TO_HOST
+        data = struct.pack("16s16s16sIHHILIi", *route, 0, 1, 0, flags, index)
+        fcntl.ioctl(control, _SIOCADDRT, data)
+
+
+def _set_flags(control: socket.socket, name: bytes, flags: int) -> None:
+    fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags))
+
+
+def _socket_address(address: str) -> bytes:
+    return struct.pack("HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, address)
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
