@@ -76,12 +76,20 @@ class IFetcher(Interface):
     def start() -> None:
         """Make ready for the first request, which may also come without this."""
 
-    def fetch(request: Any, sink: int, *, head: Any = None, progress: Any = None) -> Any:
+    def fetch(
+        request: Any,
+        sink: int,
+        *,
+        head: Any = None,
+        progress: Any = None,
+        source: int | None = None,
+    ) -> Any:
         """Fetch the body of a `net.requests.Request` into the pipe SINK, which is closed.
 
         :param head: called with the `Head` when the body begins, and with that of
             the rest whenever it goes on after it broke off.
         :param progress: called with the compressed bytes received, now and then.
+        :param source: the descriptor of a file that has the body, to be undone; it is closed.
         :return: a Deferred that fires with a `Fetched` or fails with `FetchError`;
             cancelling it gives up.
         """

@@ -159,10 +159,15 @@ class FakeFetcher:
         *,
         head: Callable[[Head], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        source: int | None = None,
     ) -> Deferred[Fetched]:
         """Write the body into SINK, which must take it at once (64 KiB)."""
         self.requests.append(request.url)
-        body = self.bodies.get(request.url)
+        if source is None:
+            body = self.bodies.get(request.url)
+        else:
+            with os.fdopen(source, "rb") as file:
+                body = file.read()
         with os.fdopen(sink, "wb") as pipe:
             if body is None:
                 return fail(FetchError("http", "the server answers 404 Not Found", 404))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from typing import Any
 
-from guixd.build.threads import Threads
+from guixd.build.directories import open_file
+from guixd.build.threads import Threads, to_the_end
 from guixd.build.watchers import Event
 from guixd.errors import FetchError
 from guixd.formats.sizes import short_size
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
-from guixd.net.codecs import BadData, decoder
 from guixd.net.places import Place
 from guixd.net.receiving import FetcherLike, receive
 from guixd.net.requests import RESUMPTIONS, Head, Request
@@ -23,8 +22,6 @@ IDLE_TIMEOUT = 30.0
 """Seconds until something must come; then the next place is tried."""
 LEAST = 1 << 10
 """So many bytes must come in that time."""
-_BLOCK = 256 << 10
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Transfer:
@@ -61,20 +58,17 @@ class Transfer:
         :raises WrongHash: it is another one.
         :raises StoreError: it could not be written.
         """
-        if self._place.local:
-            self._begin(None)
-            size = await self._threads(self._from_file)
-        else:
-            fetched = await receive(
-                self._reactor,
-                self._threads,
-                self._fetcher,
-                self._request(),
-                self._incoming.feed,
-                head=self._begin,
-                progress=self._went_on,
-            )
-            size = fetched.head.offset + fetched.received
+        fetched = await receive(
+            self._reactor,
+            self._threads,
+            self._fetcher,
+            self._request(),
+            self._incoming.feed,
+            head=self._begin,
+            progress=self._went_on,
+            source=await self._file(),
+        )
+        size = fetched.head.offset + fetched.received
         self._tell(Event(self._progress_line(size), download=True))
         text = f"downloaded {self._name}: {short_size(size)}"
         trace = DownloadSucceeded(self._incoming.path, self._place.name, size)
@@ -99,12 +93,33 @@ class Transfer:
     def _name(self) -> str:
         return self._incoming.path.base
 
-    def _begin(self, head: Head | None) -> None:
-        if head is not None and head.offset:
+    async def _file(self) -> int | None:
+        """Open the archive, if it is a file of this machine."""
+        place = self._place
+        if not place.directory:
+            return None
+        opened: list[int] = []
+
+        def open_it() -> None:
+            name = os.path.relpath(place.url, place.directory)
+            opened.append(open_file(place.directory, name))
+
+        try:
+            await to_the_end(self._threads(open_it))
+        except OSError as error:
+            raise FetchError("url", f"{place.url}: {error.strerror}") from None
+        except BaseException:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        return opened[0]
+
+    def _begin(self, head: Head) -> None:
+        if head.offset:
             text = f"the connection broke; {self._name} goes on at {short_size(head.offset)}"
             self._tell(Event(text=text, download=True))
             return
-        if self._size is None and head is not None:
+        if self._size is None:
             self._size = head.size
         size = "" if self._size is None else f" ({short_size(self._size)})"
         text = f"downloading {self._name} from {self._place.name}{size}..."
@@ -121,23 +136,3 @@ class Transfer:
 
     def _progress_line(self, done: int) -> str:
         return DownloadProgress(self._incoming.path, self._place.name, self._size, done).line
-
-    def _from_file(self) -> int:
-        """Take in the file of this machine; return how many bytes it has.  Blocks."""
-        name, done = self._place.url, 0
-        try:
-            codec = decoder(self._place.compression)
-            fd = os.open(name, _FLAGS)
-            with os.fdopen(fd, "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise FetchError("url", f"{name} is not a regular file")
-                while data := file.read(_BLOCK):
-                    done += len(data)
-                    for part in codec.feed(data):
-                        self._incoming.feed(part)
-                codec.end()
-        except OSError as error:
-            raise FetchError("url", f"{name}: {error.strerror}") from None
-        except BadData as error:
-            raise FetchError("body", str(error)) from None
-        return done

@@ -149,23 +149,27 @@ class Fetcher:
         *,
         head: Callable[[Head], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        source: int | None = None,
     ) -> Deferred[Fetched]:
         """Fetch the body of REQUEST into the pipe SINK, whose descriptor is closed.
 
         :param head: called when the body begins, maybe after the first bytes are in the pipe,
             and when it goes on after it broke off.
         :param progress: called with the compressed bytes received, five times a second at most.
+        :param source: the descriptor of a file with the body, which is closed, too.
         :return: a Deferred that fails with `FetchError`; cancelling it gives up.
         """
+        descriptors = [sink] if source is None else [sink, source]
         job = _Fetch(head, progress)
         try:
             number = self._begin(job)
         except (OSError, FetchError) as error:
-            os.close(sink)
+            for descriptor in descriptors:
+                os.close(descriptor)
             return fail(_unavailable(error))
         job.done = Deferred(lambda _: self._cancel(number))
         assert self._channel is not None
-        self._channel.send(["fetch", number, request.as_json()], descriptors=[sink])
+        self._channel.send(["fetch", number, request.as_json()], descriptors=descriptors)
         return job.done
 
     def lookup(

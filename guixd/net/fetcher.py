@@ -2,7 +2,7 @@
 
 It serves the daemon over a `channel`.  Requests:
     ["proxies", http, https, exceptions]    once, first
-    ["fetch", id, request]                  with the pipe that gets the body
+    ["fetch", id, request]                  with the pipe that gets the body, maybe a file with it
     ["lookup", id, first, urls, fields, verify]
     ["cancel", id]
     ["ping"]
@@ -143,7 +143,9 @@ class Server:
         elif what == "ping":
             self._channel.send(["pong"])
 
-    def _fetch(self, number: int, request: dict[str, Any], sink: int) -> None:
+    def _fetch(
+        self, number: int, request: dict[str, Any], sink: int, source: int | None = None
+    ) -> None:
         send = self._channel.send
 
         def began(head: Head) -> None:
@@ -169,6 +171,7 @@ class Server:
             sink,
             began,
             lambda received: send(["progress", number, received]),
+            source,
         )
         running = Deferred.fromCoroutine(transfer.run())
         self._jobs[number] = [running.cancel]

@@ -7,12 +7,10 @@ cannot be reached is left alone for a while.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -25,6 +23,7 @@ from guixd.formats import narinfo
 from guixd.formats.narinfo import Narinfo
 from guixd.formats.narinfocache import CacheEntry
 from guixd.formats.path import StoreDirectory, StorePath
+from guixd.formats.servers import is_web
 from guixd.net.cachefiles import CacheFiles
 from guixd.net.requests import Answer
 from guixd.net.verdicts import Judge, Verdicts
@@ -51,7 +50,7 @@ Threads = Callable[..., Deferred[Any]]
 
 
 class Lookups(Protocol):
-    """Asks servers many questions at once; the fetcher."""
+    """Asks servers many questions at once."""
 
     def lookup(
         self, urls: Sequence[str], answered: Callable[[int, Answer], None]
@@ -254,26 +253,10 @@ class Narinfos:
             if entry is not None:
                 to_keep[path.hash_part] = entry
 
-        if urlsplit(server).scheme in ("http", "https"):
-            self._down.pop(_host(server), None)
-            await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
-        else:
-            await self._read_files(server, paths, answered)
-            to_keep.clear()  # they are near enough
-        if to_keep:
+        self._down.pop(_host(server), None)
+        await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
+        if to_keep and is_web(server):  # files are near enough
             await self._threads(self._files.write, server, to_keep)
-
-    async def _read_files(
-        self, server: str, paths: Sequence[StorePath], answered: Callable[[int, Answer], None]
-    ) -> None:
-        """Answer from the directory that SERVER is."""
-        directory = file_name(server)
-        for index, path in enumerate(paths):
-            if directory is None:
-                answer = Answer(0, b"what is not http(s) or a directory is not supported", None)
-            else:
-                answer = await self._threads(_from_file, f"{directory}/{path.hash_part}.narinfo")
-            answered(index, answer)
 
     def _judge_answer(self, server: str, path: StorePath, answer: Answer) -> CacheEntry | None:
         """Settle what is known of PATH now; return what can be kept in a file."""
@@ -332,31 +315,13 @@ class Narinfos:
         return reason if until > self._clock.seconds() else ""
 
 
-def file_name(server: str) -> str | None:
-    """Return the directory that SERVER is, `None` if it is none."""
-    if server.startswith("/"):
-        return os.path.normpath(server)
-    parts = urlsplit(server)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return os.path.normpath(parts.path)
-    return None
-
-
 def _offer(authorised: Narinfo, said: Iterable[Source]) -> Offer:
     """Let all that says the same as AUTHORISED be its sources."""
     return Offer(authorised, tuple(s for s in said if s.narinfo.is_equivalent(authorised)))
 
 
 def _host(server: str) -> str:
-    return urlsplit(server).netloc.rpartition("@")[2] or server
-
-
-def _from_file(name: str) -> Answer:
     try:
-        with Path(name).open("rb") as file:
-            data = file.read(narinfo.MOST_BYTES + 1)
-    except FileNotFoundError:
-        return Answer(404, b"", 0)
-    except OSError as error:
-        return Answer(0, f"{name}: {error.strerror}".encode(), None)
-    return Answer(200, data, 0)
+        return urlsplit(server).netloc.rpartition("@")[2] or server
+    except ValueError:
+        return server

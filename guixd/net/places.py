@@ -8,27 +8,28 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from guixd.formats.narinfo import Download
-from guixd.net.narinfos import Source, file_name
+from guixd.formats.servers import WEB, file_name
+from guixd.net.narinfos import Source
 
 _BY_RATIO = ("lzip", "zstd", "xz", "bzip2", "gzip", "none")
 """What compresses best comes first."""
-_WEB = ("http", "https")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """A place of an archive.
 
-    :ivar url: absolute, or the name of a file of this machine if `local`.
+    :ivar url: absolute, or the name of a file of this machine if there is a `directory`.
     :ivar name: the URL without what is secret, for the user.
     :ivar size: bytes to transfer, `None` if unknown.
+    :ivar directory: the server, if it is a directory of this machine, which the file is below.
     """
 
     url: str
     name: str
     compression: str
     size: int | None
-    local: bool = False
+    directory: str = ""
 
 
 def places(source: Source, supported: Collection[str]) -> list[Place]:
@@ -64,7 +65,7 @@ def _place(server: str, download: Download) -> Place | None:
         host = parts.hostname
     except ValueError:
         return None
-    if parts.scheme not in _WEB or not host or any(c in url for c in "\r\n \t\0"):
+    if parts.scheme not in WEB or not host or any(c in url for c in "\r\n \t\0"):
         return None
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return Place(url, shown, download.compression, download.size)
@@ -72,10 +73,10 @@ def _place(server: str, download: Download) -> Place | None:
 
 def _local_place(directory: str, download: Download) -> Place | None:
     """Return the file that a directory's narinfo names: one below it, or any on the web."""
-    if urlsplit(download.url).scheme in _WEB:
+    if urlsplit(download.url).scheme in WEB:
         return Place(download.url, download.url, download.compression, download.size)
     name = download.url.removeprefix("file://")
     path = os.path.normpath(os.path.join(directory, name))
     if not path.startswith(directory.rstrip("/") + "/") or "\0" in path:
         return None
-    return Place(path, f"file://{path}", download.compression, download.size, local=True)
+    return Place(path, f"file://{path}", download.compression, download.size, directory)

@@ -36,6 +36,7 @@ class FetcherLike(Protocol):
         *,
         head: Callable[[Head], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        source: int | None = None,
     ) -> Deferred[Fetched]: ...
 
     def lookup(
@@ -59,6 +60,7 @@ async def receive(
     *,
     head: Callable[[Head], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    source: int | None = None,
 ) -> Fetched:
     """Fetch REQUEST and pass the body on.
 
@@ -67,10 +69,15 @@ async def receive(
         raises ends the transfer and is raised here.
     :param head: called before the first CONSUME, and when the body goes on after it broke
         off; what it raises likewise.
-    :param progress: see `IFetcher.fetch`.
+    :param progress: see `IFetcher.fetch`, also for SOURCE.
     :raises FetchError: the body is not complete; parts may have been passed on.
     """
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if source is not None:
+            os.close(source)
+        raise FetchError("fetcher", f"no pipe: {error.strerror}") from None
     try:
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE)
     except OSError:
@@ -94,7 +101,7 @@ async def receive(
         fetching.cancel()
 
     pipe.ended.addErrback(stopped)
-    fetching = fetcher.fetch(request, write_end, head=began, progress=progress)
+    fetching = fetcher.fetch(request, write_end, head=began, progress=progress, source=source)
     try:
         fetched = await fetching
         await pipe.ended

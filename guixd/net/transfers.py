@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from guixd.errors import FetchError
 from guixd.net.codecs import BadData, decoder
 from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
 from guixd.net.endpoints import basic, refusal
+from guixd.net.files import FileReader
 from guixd.net.ftp import retrieve
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
@@ -137,6 +139,7 @@ class Transfer:
 
     :param began: called with the `Head` before anything is written, and whenever it goes on.
     :param progress: called with the compressed bytes received, now and then.
+    :param source: the descriptor of a file that has the body, so that no server is asked.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Transfer:
         sink: int,
         began: Callable[[Head], None],
         progress: Callable[[int], None],
+        source: int | None = None,
     ) -> None:
         self._reactor = reactor
         self._connections = connections
@@ -155,6 +159,7 @@ class Transfer:
         self._request = request
         self._began = began
         self._progress = progress
+        self._source = source
         self._body: Body | None = None
         self._received = 0
         self._written = 0
@@ -181,6 +186,8 @@ class Transfer:
         finally:
             if self._body is not None:
                 self._body.abort()
+            elif self._source is not None:
+                os.close(self._source)
             self._sink.close()
 
     async def _run(self) -> Fetched:
@@ -302,6 +309,11 @@ class Transfer:
         """Return the response with the body, and its URL."""
         request = self._request
         url = request.url
+        if self._source is not None:
+            body = self._body = Body(self._reactor, b"", request.idle_timeout)
+            body.watch()
+            FileReader(self._reactor, self._source, body)
+            return body, await body.begun, url
         user = urlsplit(url)
         for _ in range(request.redirects + 1):
             parts = split_url(url, request.schemes)

@@ -20,6 +20,12 @@ def set_options(session: Session, request: op.SetOptions) -> None:
         users = session.options.apply(request)
     except BadSetting as error:
         raise QuietError(error) from error
+    if session.options.use_substitutes:
+        for url in session.options.refused_servers:
+            text = (
+                f"not looking for substitutes in '{url}': only the administrator names directories"
+            )
+            session.log.log(Level.ERROR, text)
     for name in users:
         problem = session.store.ensure_user_directory(name)
         if problem:

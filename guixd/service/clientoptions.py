@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from guixd.build.request import ClientOptions
 from guixd.errors import BadSetting
 from guixd.formats.operations import SetOptions
+from guixd.formats.servers import file_name
 from guixd.settings import Settings
 
 MOST_SETTINGS = 1024
@@ -218,10 +219,23 @@ class SessionOptions:
     @property
     def _servers(self) -> tuple[str, ...]:
         """Where substitutes are looked up: what a client has set, even if it is nothing."""
-        for name in ("untrusted-substitute-urls", "substitute-urls"):
-            if name in self.table:
-                return tuple(self.table[name].split())
-        return self.settings.substitute_urls
+        text = self.table.get("untrusted-substitute-urls")
+        if text is not None:
+            refused = self.refused_servers
+            return tuple(url for url in text.split() if url not in refused)
+        text = self.table.get("substitute-urls")
+        return self.settings.substitute_urls if text is None else tuple(text.split())
+
+    @property
+    def refused_servers(self) -> tuple[str, ...]:
+        """The directories that an untrusted client names as servers, but the daemon does not.
+
+        To read them with the daemon's rights would be more than the client may.
+        """
+        named = self.table.get("untrusted-substitute-urls", "").split()
+        own = {file_name(url) for url in self.settings.substitute_urls}
+        directories = {url: file_name(url) for url in named}
+        return tuple(url for url, name in directories.items() if name and name not in own)
 
     @property
     def _discover(self) -> bool:

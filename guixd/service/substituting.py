@@ -20,6 +20,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     """Return what looks substitutes up and downloads them for DAEMON."""
     # Not needed to answer the first greeting.
     from guixd.build.claims import Claims
+    from guixd.build.directories import Lookups
     from guixd.build.substitutes import Substitutes
     from guixd.net.judging import judge_of
     from guixd.net.narinfos import Narinfos
@@ -30,7 +31,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     narinfos = Narinfos(
         daemon.reactor,
         daemon.threads,
-        daemon.fetcher,
+        Lookups(daemon.threads, daemon.fetcher),
         store.directory,
         directory,
         judge_of(daemon.acl),
