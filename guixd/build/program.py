@@ -55,7 +55,8 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
     if not spec.loopback:  # Another network, whose `lo` is down.
         tree.add("loopback", "unshare", kernel.NEWNET)
     if spec.uplink is not None:
-        tree.add(NETWORK, "offer_tap", spec.uplink.ipv6, spec.uplink.localnet)
+        uplink = spec.uplink
+        tree.add(NETWORK, "offer_tap", uplink.ipv6, uplink.localnet, uplink.patience)
     if spec.filter:
         _enter_empty_root(tree, _bytes(root))
     else:

@@ -63,12 +63,13 @@ class UserNamespace:
 class Uplink:
     """The device `tap0` of a build, and the process that moves packets between it and the machine.
 
-    For `ipv6` and `localnet` see `guixd.uplink.devices.offer_tap`.
+    For the rest see `guixd.uplink.devices.offer_tap`.
     """
 
     process: SandboxSpec
     ipv6: bool = False
     localnet: bool = False
+    patience: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,11 +49,12 @@ def bring_up_loopback() -> None:
         _set_flags(control, b"lo", _UP | _LOOPBACK | _RUNNING)
 
 
-def offer_tap(ipv6: bool, localnet: bool) -> None:
+def offer_tap(ipv6: bool, localnet: bool, patience: float) -> None:
     """Make and set up the device, hand it to the other process, and wait until that is ready.
 
     :param ipv6: whether the machine has an IPv6 address that others can reach.
     :param localnet: whether 127.0.0.0/8 may be routed, for proxies at such an address.
+    :param patience: how many seconds to wait.
     """
     tap = os.open(DEVICE, os.O_RDWR)
     kind = _TAP | _NO_PACKET_INFORMATION
@@ -63,9 +64,10 @@ def offer_tap(ipv6: bool, localnet: bool) -> None:
         _write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
     try:
         with socket.socket(fileno=LINK) as link:
+            link.settimeout(patience)
             socket.send_fds(link, [b"\0"], [tap], socket.MSG_NOSIGNAL)
             ready = link.recv(1)
-    except ConnectionError:
+    except (ConnectionError, TimeoutError):
         ready = b""
     if ready != b"1":
         text = "slirp4netns, of which version 1.3.0 or later is needed, did not become ready"

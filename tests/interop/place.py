@@ -54,6 +54,8 @@ class Place:
         }
         self.guest_binds = guest.with_own_users(self.directory)
         self.names: dict[str, str] = {}
+        self.daemon_path = "/usr/local/sbin:/usr/local/bin"
+        """Directories that come first in the `PATH` of daemons."""
         (self.directory / "state/daemon-socket").mkdir()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._tools()
@@ -95,7 +97,7 @@ class Place:
         command += ["--no-offload", *options]
         command += [] if substitutes else ["--no-substitutes"]
         environment = {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{self.daemon_path}:/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL": "C.UTF-8",
             "HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "build"),

@@ -405,7 +405,7 @@ class ProgramTests(SynchronousTestCase):
         spec = replace(jail, filter=b"", loopback=False, uplink=Uplink(jail, True, False))
         steps = marshal.loads(prepare(1, spec))[1]
         self.assertEqual(steps[0], ("loopback", "unshare", (kernel.NEWNET,)))
-        self.assertEqual(steps[1], ("network", "offer_tap", (True, False)))
+        self.assertEqual(steps[1], ("network", "offer_tap", (True, False, 30.0)))
         steps = marshal.loads(prepare(1, jail))[1]
         self.assertNotIn(("enter_root", (b"/r",)), [step[1:] for step in steps])
         self.assertFalse([step for step in steps if step[2] == (kernel.NEWNET,)])
