@@ -28,7 +28,7 @@ from guixd.build.uplink import UplinkProtocol
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
 from guixd.interfaces import ILauncher
-from guixd.net.channel import pair
+from guixd.net.spawning import pair
 from guixd.sandbox.spec import SandboxSpec
 
 _log = Logger()

@@ -10,8 +10,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFDSet
 from twisted.logger import Logger
 
-from guixd.net.channel import Channel, pair
-from guixd.net.helpers import Death, start_helper
+from guixd.net.channel import Channel
+from guixd.net.helpers import Death
+from guixd.net.spawning import pair, start_helper
 
 _log = Logger()
 

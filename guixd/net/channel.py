@@ -27,11 +27,6 @@ _MOST_DESCRIPTORS = 4
 Received: TypeAlias = Callable[[list[Any], bytes, list[int]], None]
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of what a channel needs."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
 @implementer(IReadWriteDescriptor)
 class Channel:
     """One end, which owns its socket.

@@ -14,10 +14,11 @@ from zope.interface import implementer
 
 from guixd.errors import FetchError
 from guixd.interfaces import IFetcher
-from guixd.net.channel import Channel, pair
-from guixd.net.helpers import Death, start_helper
+from guixd.net.channel import Channel
+from guixd.net.helpers import Death
 from guixd.net.proxies import Proxies
 from guixd.net.requests import LONGEST_BODY, Answer, Fetched, Head, Request
+from guixd.net.spawning import StartedFetcher
 
 _log = Logger()
 
@@ -26,14 +27,7 @@ SILENCE = 30.0
 it is taken for dead."""
 TRIES = 3
 """How many helpers in turn may die of one lookup."""
-_BOOT = (
-    "import sys; sys.path[:] = sys.argv[2:]; "
-    "from guixd.net.fetcher import main; main(int(sys.argv[1]))"
-)
-WATCHED = ("/etc/resolv.conf", "/etc/hosts")
-"""Files of which the helper has a copy; when they change an idle one is replaced."""
 _URLS_AT_ONCE = 200
-_KEPT_VARIABLES = ("PATH", "SSL_CERT_FILE", "LANG", "TZ")
 _LOST = "the process that downloads has died"
 
 
@@ -72,10 +66,16 @@ class Fetcher:
     """Fetches by way of a helper process, which is started at the first need.
 
     :param environ: where the variables of proxies are.
+    :param ahead: a helper that was started before.
     :ivar compressions: what the helper can undo, once it runs.
     """
 
-    def __init__(self, reactor: Any, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        environ: Mapping[str, str] = os.environ,
+        ahead: StartedFetcher | None = None,
+    ) -> None:
         self._reactor = reactor
         self._environ = environ
         self._proxies = Proxies.from_environment(environ)
@@ -89,7 +89,8 @@ class Fetcher:
         self._asked = False
         self._broken = ""
         self._stopped = False
-        self._resolver: object = None
+        self._ahead = ahead
+        self._helper: StartedFetcher | None = None
         self.compressions: tuple[str, ...] = ()
 
     @property
@@ -105,20 +106,11 @@ class Fetcher:
         if self._stopped:
             return
         if self._channel is not None:
-            if self._jobs or self._resolver == _resolver_now():
+            if self._jobs or (self._helper is not None and not self._helper.outdated):
                 return
             self._retire()
-        self._resolver = _resolver_now()
-        ours, theirs = pair()
-        with theirs:
-            environ = {
-                name: self._environ[name] for name in _KEPT_VARIABLES if name in self._environ
-            }
-            try:
-                process = start_helper(_BOOT, theirs, environ)
-            except OSError:
-                ours.close()
-                raise
+        self._ahead, helper = None, self._ahead or StartedFetcher(self._environ)
+        self._helper, process = helper, helper.process
         ended, before = Deferred[None](), self._ended
 
         def reap() -> None:
@@ -131,7 +123,7 @@ class Fetcher:
         self._process, self._broken = process, ""
         self._ended = ended.addCallback(lambda _: before)
         Death(self._reactor, process.pid, reap)
-        self._channel = Channel(self._reactor, ours, self._received, process.kill)
+        self._channel = Channel(self._reactor, helper.end, self._received, process.kill)
         proxies = self._proxies
         self._channel.send(["proxies", proxies.http, proxies.https, list(proxies.exceptions)])
 
@@ -354,19 +346,6 @@ class Fetcher:
             _log.failure("cannot start the process that downloads")
             return False
         return True
-
-
-def _resolver_now() -> object:
-    """Return what differs when the files that name servers have changed."""
-    return [_state(name) for name in WATCHED]
-
-
-def _state(name: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(name)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _head(told: dict[str, Any]) -> Head:

@@ -12,8 +12,9 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from guixd.net.announced import Server, read_servers
-from guixd.net.channel import Channel, pair
-from guixd.net.helpers import Death, start_helper
+from guixd.net.channel import Channel
+from guixd.net.helpers import Death
+from guixd.net.spawning import pair, start_helper
 
 _log = Logger()
 

@@ -3,47 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import cast
 
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
-
-import guixd
-from guixd import descriptors
-
-
-def search_path() -> list[str]:
-    """Where helpers find modules: this very package first, and what the daemon trusts."""
-    parent = os.path.dirname(os.path.dirname(os.path.abspath(guixd.__file__)))
-    others = [entry for entry in sys.path if os.path.isabs(entry) and entry != parent]
-    return [parent, *others]
-
-
-def start_helper(
-    boot: str, end: socket.socket, environ: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    """Run the Python text BOOT in a new process; its arguments are the descriptor of END and
-    what `sys.path` should be.
-
-    :param environ: all of its environment.
-    :raises OSError: it cannot be started.
-    """
-    number = end.fileno()
-    command = [sys.executable, "-I", "-X", "utf8", "-c", boot, str(number)]
-    process = subprocess.Popen(
-        [*command, *search_path()],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(number,),
-        cwd="/",
-        env=dict(environ),
-    )
-    descriptors.give_back(process.pid)
-    return process
 
 
 @implementer(IReadDescriptor)

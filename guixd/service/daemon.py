@@ -45,6 +45,7 @@ from guixd.store.local import LocalStore
 
 if TYPE_CHECKING:
     from guixd.build.substitutes import Substitutes
+    from guixd.net.spawning import StartedFetcher
 
 _log = Logger()
 
@@ -87,6 +88,7 @@ class Daemon:
         threads: Threads,
         builder: BuilderFactory,
         environ: Mapping[str, str],
+        ahead: StartedFetcher | None = None,
     ) -> None:
         self.reactor = reactor
         self.settings = settings
@@ -96,6 +98,7 @@ class Daemon:
         self.held_locks = frozenset(environ.get("NIX_HELD_LOCKS", "").split())
         self._make_builder = builder
         self._environ = environ
+        self._ahead = ahead
         self._fetcher: FetcherLike | None = None
         self._substitutes: Substitutes | None = None
         self._builder: Builder | None = None
@@ -230,7 +233,7 @@ class Daemon:
             # Not needed to answer the first greeting.
             from guixd.net.client import Fetcher
 
-            self._fetcher = Fetcher(self.reactor, self._environ)
+            self._fetcher = Fetcher(self.reactor, self._environ, self._ahead)
         return self._fetcher
 
     def expect_downloads(self) -> None:
@@ -331,16 +334,18 @@ class GuixdService(MultiService):
         *,
         builder: BuilderFactory = SandboxBuilder,
         environ: Mapping[str, str] = os.environ,
+        ahead: StartedFetcher | None = None,
     ) -> None:
         """Serve the store of SETTINGS.
 
         :param builder: makes what builds.
         :param environ: where the service manager's variables are.
+        :param ahead: a process for its downloads that was started before.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings = settings
         self.workers = Workers(reactor)
-        self.daemon = Daemon(reactor, settings, self.workers.threads, builder, environ)
+        self.daemon = Daemon(reactor, settings, self.workers.threads, builder, environ, ahead)
         self.listeners = Listeners(reactor, self.daemon, environ)
         parts: dict[str, Service] = {
             "store": Store(self.daemon),

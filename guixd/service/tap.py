@@ -20,6 +20,7 @@ from twisted.logger import (
 
 from guixd import descriptors
 from guixd.errors import GuixdError
+from guixd.net.spawning import StartedFetcher
 from guixd.service.daemon import GuixdService
 from guixd.service.options import Options
 from guixd.service.storemount import make_writable
@@ -40,7 +41,7 @@ def makeService(options: Options) -> IService:
     return _make(options.settings)
 
 
-def _make(settings: Settings) -> GuixdService:
+def _make(settings: Settings, ahead: StartedFetcher | None = None) -> GuixdService:
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
@@ -54,9 +55,9 @@ def _make(settings: Settings) -> GuixdService:
     except OSError as error:
         # Each client will read it, too; perhaps it is mounted anew until then.
         _log.error("cannot make {store} writable: {error}", store=store, error=error)
-    service = GuixdService(reactor, settings)
+    service = GuixdService(reactor, settings, ahead=ahead)
     reactor.addSystemEventTrigger("before", "shutdown", _hurry_by_signal, reactor, service)
-    reactor.callLater(AHEAD, _start_ahead, service)
+    reactor.callLater(AHEAD if ahead is None else 0, _start_ahead, service)
     return service
 
 
@@ -75,9 +76,10 @@ def _hurry_by_signal(reactor: Any, service: GuixdService) -> None:
         signal.signal(number, lambda *_: reactor.callFromThread(service.hurry))
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, ahead: StartedFetcher | None = None) -> int:
     """Run the daemon in the foreground, logging to standard error, until a signal.
 
+    :param ahead: see `GuixdService`.
     :return: the program's exit status.
     """
     from twisted.internet import reactor as installed
@@ -90,7 +92,7 @@ def run(settings: Settings) -> int:
         textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(level)]
     )
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-    service = _make(settings)
+    service = _make(settings, ahead)
     try:
         service.startService()
     except GuixdError as error:

@@ -74,7 +74,7 @@ class SilenceTests(CrowdCase):
 _HELPER = """
 import socket
 from guixd import descriptors
-from guixd.net.helpers import start_helper
+from guixd.net.spawning import start_helper
 descriptors.allow_many()
 boot = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
 with socket.socket() as end:

@@ -6,12 +6,15 @@ import os
 import signal
 from pathlib import Path
 
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from zope.interface.verify import verifyObject
 
 from guixd.errors import FetchError
 from guixd.interfaces import IFetcher
+from guixd.net.client import Fetcher
 from guixd.net.requests import Answer
+from guixd.net.spawning import StartedFetcher
 from guixd.testing import FakeFetcher
 from tests.net.servers import Asked, FetcherCase, Server, always, answer, unused_port
 
@@ -105,6 +108,18 @@ class ProcessTest(FetcherCase):
             self.assertNotIn("0", status["Uid"].split())
             self.assertEqual(int(status["CapBnd"], 16), 0)
             self.assertEqual(status["NoNewPrivs"], "1")
+
+    async def test_a_process_that_was_started_before(self) -> None:
+        """It is used, and ends when the daemon hangs up without having used it."""
+        server = Server(self, always(answer(b"hello")))
+        ahead = StartedFetcher({})
+        fetcher = Fetcher(reactor, {}, ahead)
+        self.addCleanup(fetcher.stop)
+        self.assertEqual((await self.fetch(server.url(), fetcher=fetcher))[0], b"hello")
+        self.assertEqual(fetcher.pid, ahead.process.pid)
+        unused = StartedFetcher({})
+        unused.end.close()
+        self.assertEqual(unused.process.wait(20), 0)
 
     async def test_a_killed_process_is_replaced(self) -> None:
         asked: Deferred[None] = Deferred()

@@ -13,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import FetchError
-from guixd.net import client
+from guixd.net import client, spawning
 from guixd.net.http1 import LONGEST_HEAD, BadResponse, ResponseHead, ResponseReader
 from guixd.net.requests import Answer, Request
 from tests.net.servers import Asked, FetcherCase, Server, always, answer
@@ -230,6 +230,7 @@ class ConfinementTest(FetcherCase):
             self.assertEqual(os.statvfs(root).f_flag & os.ST_RDONLY, os.ST_RDONLY)
 
     async def test_a_stopped_process_is_replaced(self) -> None:
+        await self.fetch(Server(self, always(answer(b"x"))).url())  # so that it runs
         self.patch(client, "SILENCE", 0.3)
         asked: Deferred[None] = Deferred()
         server = Server(self, lambda connection, _: asked.callback(None))
@@ -249,7 +250,7 @@ class ConfinementTest(FetcherCase):
     async def test_other_name_servers(self) -> None:
         """A process that knows the old ones only is replaced, when it is idle."""
         file = temporary_directory(self) + "/resolv.conf"
-        self.patch(client, "WATCHED", (file,))
+        self.patch(spawning, "WATCHED", (file,))
         server = Server(self, always(answer(b"x")))
         await self.fetch(server.url())
         first = self.fetcher.pid

@@ -35,6 +35,17 @@ class ProgramTests(SynchronousTestCase):
             self.assertEqual(output.count("not effective"), 1)
             self.assertNotIn("Traceback", output)
 
+    def test_fetcher(self) -> None:
+        """What talks to servers starts with the daemon, and ends with it."""
+        program = Program(self, PROGRAM)
+        program.state()
+        program.greet()
+        pid = program.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        self.assertIn("guixd.net.fetcher", Path(f"/proc/{children[0]}/cmdline").read_text())
+        self.assertEqual(program.end()[0], 0)
+        self.assertFalse(os.path.exists(f"/proc/{children[0]}"))
+
     def test_twistd(self) -> None:
         """`twistd guixd` is the same daemon."""
         program = Program(self, [*TWISTD, "--nodaemon", "--pidfile=", "guixd", "--cores=2"])
