@@ -204,7 +204,7 @@ class Trial:
         job, shop, builder = self._job, self._shop, self._builder
         host, isolated = shop.host, shop.settings.isolate_host_loopback
         try:
-            connected = connect(spec, host.environment, host.machine, isolated=isolated)
+            connected = await shop.threads(connect, spec, host.environment, host.machine, isolated)
             return await job.interest.wait(lambda: shop.launcher.spawn(builder, connected))
         except NoUplink as error:
             why = error.text

@@ -46,9 +46,9 @@ class NoUplink(GuixdError):
 
 
 def connect(
-    spec: SandboxSpec, environ: Mapping[str, str], machine: str, *, isolated: bool
+    spec: SandboxSpec, environ: Mapping[str, str], machine: str, isolated: bool
 ) -> SandboxSpec:
-    """Return SPEC, of a build without network, with one.
+    """Return SPEC, of a build without network, with one; reads files of any size.
 
     :param environ: its `PATH` is where slirp4netns is looked for.
     :param machine: as uname(2) names it.

@@ -20,7 +20,7 @@ from tests.support import is_root, requires, temporary_directory
 
 
 @cache
-def _tree() -> str:
+def control_groups() -> str:
     """Return where the tree of control groups is mounted; empty if it is not, or not for us."""
     if is_root():
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -31,13 +31,13 @@ def _tree() -> str:
 
 @cache
 def _has_controllers() -> bool:
-    if not _tree():
+    if not control_groups():
         return False
-    enabled = Path(_tree(), "cgroup.subtree_control").read_text().split()
+    enabled = Path(control_groups(), "cgroup.subtree_control").read_text().split()
     return {"memory", "pids", "cpu"} <= set(enabled)
 
 
-requires_cgroups = requires(lambda: bool(_tree()), "root and cgroup v2")
+requires_cgroups = requires(lambda: bool(control_groups()), "root and cgroup v2")
 requires_controllers = requires(
     _has_controllers,
     "root and cgroup v2 with the controllers memory, pids and cpu",
@@ -115,7 +115,7 @@ class EndTests(SynchronousTestCase):
 
     def test_end(self) -> None:
         """All processes of a group are killed, and it is removed; twice is no error."""
-        group = Group(f"{_tree()}/guixd-build-test-{os.getpid()}", BuildLimits())
+        group = Group(f"{control_groups()}/guixd-build-test-{os.getpid()}", BuildLimits())
         os.mkdir(group.directory)
         self.addCleanup(group.end)
         join = f'echo 0 > {group.directory}/cgroup.procs; echo in; trap "" TERM; sleep 1000 & wait'
@@ -133,7 +133,7 @@ class RealTests(TestCase):
     """Builders that meet their limits."""
 
     def setUp(self) -> None:
-        self.own = f"{_tree()}/guixd-test-{os.getpid()}"
+        self.own = f"{control_groups()}/guixd-test-{os.getpid()}"
         os.mkdir(self.own)
         self.addCleanup(os.rmdir, self.own)
         self.patch(engine, "own_place", lambda: Place(self.own, is_root=True))

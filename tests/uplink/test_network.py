@@ -23,9 +23,10 @@ from guixd.build.uplink import connect
 from guixd.errors import SandboxError
 from guixd.sandbox.spec import SandboxSpec
 from guixd.uplink.devices import DEVICE
+from tests.build.test_limits import control_groups
 from tests.sandbox.place import Outcome, Place, Recorder
 from tests.sandbox.test_launcher import builders_of, descriptors_of
-from tests.support import requires_user_namespaces, temporary_directory
+from tests.support import require, requires_user_namespaces, temporary_directory
 from tests.uplink.slirp import requires_slirp, script, slirp_directory
 
 _WITH_DEVICE = (
@@ -69,7 +70,7 @@ class _Connected:
         self.place.settings = replace(self.place.settings, isolate_host_loopback=isolated)
         spec = self.place.prepare(self.place.derivation(text, fixed=True)).spec
         environ = {"PATH": path or self.slirp}
-        return connect(spec, environ, platform.machine(), isolated=isolated)
+        return connect(spec, environ, platform.machine(), isolated)
 
     async def run_connected(self, text: str, *, isolated: bool = False) -> Outcome:
         return await self.place.finish(self.spec(text, isolated=isolated))
@@ -271,6 +272,24 @@ class BuildUserTests(_Connected, TestCase):
     def uid(self) -> int:
         assert self.place.user is not None
         return self.place.user.uid
+
+    async def test_group(self) -> None:
+        """X29: who moves the packets of a build has a part in its limits."""
+        top = control_groups()
+        require(bool(top), "root and cgroup v2")
+        group = Path(top, f"guixd-test-{os.getpid()}")
+        group.mkdir()
+        self.addCleanup(group.rmdir)
+        spec = replace(self.spec("echo go; $b sleep 1000"), cgroup=str(group))
+        process, recorder = await self.place.spawn(spec)
+        await recorder.hear(b"go")
+        both = builders_of(self.place.launcher.zygote_pid)
+        members = [int(line) for line in Path(group, "cgroup.procs").read_text().splitlines()]
+        self.assertEqual(len(both), 2)
+        self.assertLessEqual(set(both), set(members))
+        process.signalProcess("KILL")
+        await recorder.ended
+        self.assertEqual(Path(group, "cgroup.procs").read_text(), "")
 
 
 @requires_slirp
