@@ -89,7 +89,8 @@ def plan(
 
     :param inputs: the closure of all that the builder may see.
     :param build_directory: the build directory as the host names it.
-    :param root: the directory that becomes `/`; `None` for no container.
+    :param root: the directory where `/` is mounted, with those that become /tmp and the
+        store beside it, see `Workspace`; `None` for no container.
     :param user: who runs the builder; `None` for the daemon's own user.
     :param cores: value of `NIX_BUILD_CORES`, 0 for all.
     :param allow_root: whether the daemon's own user may be root.
@@ -114,7 +115,9 @@ def plan(
         root=root,
         files=() if root is None else _files(user, settings, fixed=fixed),
         binds=(
-            () if root is None else _binds(derivation, inputs, build_directory, directory, settings)
+            ()
+            if root is None
+            else _binds(derivation, inputs, build_directory, directory, root, settings)
         ),
         devpts=not _maps(settings, "/dev", "/dev/pts"),
         ids=None if user is None else Ids(user.uid, user.gid, user.groups),
@@ -171,27 +174,21 @@ def _maps(settings: Settings, *targets: str) -> bool:
 def _files(user: BuildUser | None, settings: Settings, *, fixed: bool) -> tuple[File, ...]:
     uid, gid = (GUEST_UID, GUEST_GID) if user is None else (user.uid, user.gid)
     return _standard_files(
-        settings.directories.store,
         uid,
         gid,
-        store_gid=None if user is None else gid,
         hosts=not fixed,
         devices=not _maps(settings, "/dev"),
     )
 
 
 @lru_cache(maxsize=64)
-def _standard_files(
-    store: str, uid: int, gid: int, *, store_gid: int | None, hosts: bool, devices: bool
-) -> tuple[File, ...]:
+def _standard_files(uid: int, gid: int, *, hosts: bool, devices: bool) -> tuple[File, ...]:
     passwd = (
         f"nixbld:x:{uid}:{gid}:Nix build user:/:/noshell\nnobody:x:65534:65534:Nobody:/:/noshell\n"
     )
     files = [
-        File("/tmp", "directory", 0o1777),
         File("/etc/passwd", "file", 0o644, passwd),
         File("/etc/group", "file", 0o644, f"nixbld:!:{gid}:\n"),
-        File(store, "directory", 0o1775, gid=store_gid),
     ]
     if hosts:
         files.append(File("/etc/hosts", "file", 0o644, "127.0.0.1 localhost\n::1 localhost\n"))
@@ -206,6 +203,7 @@ def _binds(
     inputs: Iterable[StorePath],
     build_directory: str,
     directory: str,
+    root: str,
     settings: Settings,
 ) -> tuple[Bind, ...]:
     """Return the mounts (spec: sandbox §5) sorted by target; later entries replace earlier."""
@@ -219,11 +217,13 @@ def _binds(
     if derivation.has_fixed_outputs:
         for name in _NETWORK_FILES:
             add(os.path.realpath(name), name, read_only=True, optional=True)
+    store, private = settings.directories.store, os.path.dirname(root)
+    add(f"{private}/tmp", "/tmp", read_only=False)
+    add(f"{private}/store", store, read_only=False)
     add(build_directory, directory, read_only=False)
     binds.update(_item_binds(frozenset(inputs)))
     for output in derivation.output_paths:
         binds.pop(output, None)
-    store = settings.directories.store
     for target, source in settings.chroot_directories:
         names = (source + "/", os.path.realpath(source) + "/")
         inside = any(name.startswith(store + "/") for name in names)

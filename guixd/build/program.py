@@ -57,10 +57,14 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
     if spec.uplink is not None:
         uplink = spec.uplink
         tree.add(NETWORK, "offer_tap", uplink.ipv6, uplink.localnet, uplink.patience)
-    if spec.filter:
-        _enter_empty_root(tree, _bytes(root))
-    else:
-        tree.add("root directory", "enter_root", _bytes(root))
+    if spec.filter:  # What has not been done for a process that keeps the network.
+        tree.add("namespaces", "unshare", kernel.NEWNS | kernel.NEWIPC | kernel.NEWUTS)
+        private = kernel.MS_REC | kernel.MS_PRIVATE
+        tree.add("private mounts", "mount", b"none", b"/", "", private)
+    options = "mode=755" + (f",gid={spec.ids.gid}" if spec.ids is not None else "")
+    options += ",size=1m" if spec.filter else ""
+    tree.add("root directory", "mount", b"guixd", _bytes(root), "tmpfs", 0, options)
+    tree.add("root directory", "chdir", _bytes(root))
     for file in spec.files:
         tree.add_file("files", file)
     for bind in spec.binds:
@@ -83,15 +87,6 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
         ("system call filter", "install_filter", (spec.filter,)),
     ]
     return tree.steps + _plain(spec) + last
-
-
-def _enter_empty_root(tree: _Tree, root: bytes) -> None:
-    """Do what has not been done for a process that keeps the network; nothing is at ROOT."""
-    spaces = kernel.NEWNS | kernel.NEWIPC | kernel.NEWUTS
-    tree.add("namespaces", "unshare", spaces)
-    tree.add("private mounts", "mount", b"none", b"/", "", kernel.MS_REC | kernel.MS_PRIVATE)
-    tree.add("root directory", "mount", b"guixd", root, "tmpfs", 0, "mode=755,size=1m")
-    tree.add("root directory", "chdir", root)
 
 
 class _Tree:
@@ -135,8 +130,6 @@ class _Tree:
         else:
             self.add(phase, "make_directory", path, file.mode)
             self._made.add(path)
-        if file.gid is not None:
-            self.add(phase, "lchown", path, -1, file.gid)
         if not exact:
             self.add(phase, "chmod", path, file.mode)
 

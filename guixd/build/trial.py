@@ -183,8 +183,8 @@ class Trial:
         """Start the builder; return its transport."""
         job, shop, builder = self._job, self._shop, self._builder
         if self._here and shop.builtins is not None:
-            directory = f"{workspace.root}{shop.store.directory.path}"
-            os.makedirs(directory, exist_ok=True)
+            assert workspace.store is not None
+            directory = workspace.store
             parts = {path.hash_part for path in inputs | set(job.drv.output_paths)}
             self._process = shop.builtins.spawn(builder, job, directory, parts)
             return self._process

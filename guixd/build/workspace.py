@@ -1,4 +1,4 @@
-"""The directories of one build: its build tree and what becomes its root (spec: sandbox §3, §4).
+"""The directories of one build: its build tree and what it can write (spec: sandbox §3, §4).
 
 Everything here blocks, so it is called in threads.  What a builder could have
 touched is reached by descriptors only.
@@ -16,10 +16,12 @@ from guixd.build.users import BuildUser
 from guixd.errors import StoreError
 from guixd.faults import reached
 from guixd.formats.path import StorePath
-from guixd.store.trees import chown_tree, open_beneath, remove, remove_small, strip
+from guixd.store.trees import chown_tree, remove, remove_small, strip
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOP = "top"
+_STORE = "store"
+_TMP = "tmp"
 _MOST_NUMBERS = 100_000
 
 
@@ -37,16 +39,18 @@ class Workspace:
 
     :ivar outside: name of the build tree, `TMP/guix-build-NAME-N`.
     :ivar build_directory: where the builder works, as the host names it.
-    :ivar root: what becomes `/`; `None` without a container.
+    :ivar chroot: a directory that only the daemon can enter; `None` without a container.
+    :ivar root: an empty directory in it where `/` is mounted.
+    :ivar store: what the builder finds as the store directory, likewise.
+    :ivar tmp: what it finds as /tmp.
     """
 
     outside: str
     build_directory: str
     chroot: str | None
-    root: str | None
     _outside_fd: int
     _build_fd: int
-    _root_fd: int
+    _store_fd: int
     _kept: bool = False
 
     @classmethod
@@ -69,7 +73,7 @@ class Workspace:
         """
         opened: list[int] = []
         outside = _make_outside(f"{temporary}/guix-build-{path.name}")
-        chroot = root = None
+        chroot = None
         try:
             opened.append(_open_own(outside, None, RUNNING if use_chroot else 0o700))
             if use_chroot:
@@ -86,7 +90,6 @@ class Workspace:
                 os.chown(opened[1], user.uid, user.gid)
             if use_chroot:
                 chroot = f"{path}.chroot"
-                root = f"{chroot}/{_TOP}"
                 opened.append(_make_chroot(chroot, user))
                 reached("workspace.made")
         except BaseException:
@@ -96,25 +99,29 @@ class Workspace:
             if chroot is not None:
                 remove(None, chroot)
             raise
-        root_fd = opened[2] if use_chroot else -1
-        return cls(outside, build_directory, chroot, root, opened[0], opened[1], root_fd)
+        store_fd = opened[2] if use_chroot else -1
+        return cls(outside, build_directory, chroot, opened[0], opened[1], store_fd)
+
+    @property
+    def root(self) -> str | None:
+        return self.chroot and f"{self.chroot}/{_TOP}"
+
+    @property
+    def store(self) -> str | None:
+        return self.chroot and f"{self.chroot}/{_STORE}"
+
+    @property
+    def tmp(self) -> str | None:
+        return self.chroot and f"{self.chroot}/{_TMP}"
 
     def open_store(self, store: str) -> int:
-        """Return a descriptor of the builder's own store directory.
+        """Return a descriptor of the directory that the builder had as the store.
 
         To be used when all processes of the build are dead; the caller closes it.
 
-        :param store: the store directory as the builder names it.
-        :raises StoreError: the builder has put something else in its place.
+        :param store: the store directory, which a builder without a container has.
         """
-        if self._root_fd < 0:
-            return os.open(store, _DIRECTORY)
-        try:
-            return open_beneath(self._root_fd, store.lstrip("/"), _DIRECTORY)
-        except OSError as error:
-            raise StoreError(
-                f"the builder changed the directories above its outputs: {error.strerror}"
-            ) from error
+        return os.open(store, _DIRECTORY) if self._store_fd < 0 else os.dup(self._store_fd)
 
     def open_build(self) -> int:
         """Return a descriptor of the build directory, likewise."""
@@ -185,8 +192,8 @@ class Workspace:
         return problem
 
     def _close(self) -> None:
-        opened = (self._outside_fd, self._build_fd, self._root_fd)
-        self._outside_fd = self._build_fd = self._root_fd = -1
+        opened = (self._outside_fd, self._build_fd, self._store_fd)
+        self._outside_fd = self._build_fd = self._store_fd = -1
         for descriptor in opened:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -205,7 +212,7 @@ def _make_outside(prefix: str) -> str:
 
 
 def _make_chroot(chroot: str, user: BuildUser | None) -> int:
-    """Create the directory that becomes `/` below CHROOT; return its descriptor."""
+    """Create what is in CHROOT; return a descriptor of what the builder has as the store."""
     try:
         os.mkdir(chroot, 0o750)
     except FileExistsError:
@@ -213,13 +220,16 @@ def _make_chroot(chroot: str, user: BuildUser | None) -> int:
         os.mkdir(chroot, 0o750)
     above = _open_own(chroot, None, 0o750)
     try:
-        os.mkdir(_TOP, 0o750, dir_fd=above)
-        root = _open_own(_TOP, above, 0o750)
+        os.mkdir(_TOP, 0o700, dir_fd=above)
+        os.mkdir(_TMP, 0o700, dir_fd=above)
+        os.close(_open_own(_TMP, above, 0o1777))
+        os.mkdir(_STORE, 0o700, dir_fd=above)
+        store = _open_own(_STORE, above, 0o1775)
     finally:
         os.close(above)
     if user is not None:
-        os.chown(root, -1, user.gid)
-    return root
+        os.chown(store, -1, user.gid)
+    return store
 
 
 def _open_own(name: str, within: int | None, mode: int) -> int:

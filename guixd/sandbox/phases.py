@@ -160,12 +160,6 @@ CONTAINED = (
 # The calls of programs, with the umask 0.
 
 
-def _enter_root(root: bytes) -> None:
-    """Make ROOT a mount point and the working directory."""
-    kernel.mount(root, root, "", kernel.MS_BIND | kernel.MS_REC)
-    os.chdir(root)
-
-
 def _make_directory(path: bytes, mode: int = 0o755) -> None:
     """Make a directory if there is none."""
     try:
@@ -254,10 +248,10 @@ def _lock_mounts(uid: int) -> None:
     raise PermissionError(errno.EPERM, "mounts are not locked")
 
 
-_OF_OS = os.chdir, os.chmod, os.lchown, os.symlink
+_OF_OS = os.chdir, os.chmod, os.symlink
 _OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare, kernel.write_file
 _OF_UPLINK = devices.offer_tap, devices.take_tap, filter.install_filter
-_OWN = _bind, _die_with_zygote, _enter_root, _lock_mounts, _make_directory, _make_file, _mount_pts
+_OWN = _bind, _die_with_zygote, _lock_mounts, _make_directory, _make_file, _mount_pts
 CALLS: Mapping[str, Callable[..., Any]] = {
     call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OF_UPLINK, *_OWN, _pivot)
 }

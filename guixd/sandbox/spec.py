@@ -24,15 +24,13 @@ class Bind:
 class File:
     """A file, directory or symbolic link made below the root before the mounts.
 
-    `content` is a file's text or a link's target; `kind` is `file`,
-    `directory` or `symlink`.  `gid`, if not None, is its group.
+    `content` is a file's text or a link's target; `kind` is `file`, `directory` or `symlink`.
     """
 
     path: str
     kind: str
     mode: int = 0o755
     content: str = ""
-    gid: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class SandboxSpec:
     """Working directory, as the builder names it."""
     store: str
     root: str | None = None
-    """The directory that becomes `/`; None runs without a container."""
+    """Where a file system of its own is mounted that becomes `/`; None: no container."""
     files: tuple[File, ...] = ()
     """Made below the root, in this order; names as the builder will see them."""
     binds: tuple[Bind, ...] = ()

@@ -43,13 +43,23 @@ class FakeBuilder:
         """Make all outputs and exit with CODE."""
         variables = dict(self.spec.environment)
         for name in variables.get("outputs", "out").split():
-            path = (self.spec.root or "") + variables[name]
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path = self.outside(variables[name])
             Path(path).write_text(variables.get("contents", self.name))
             os.chmod(path, 0o644)
             if self.spec.ids is not None:
                 os.chown(path, self.spec.ids.uid, self.spec.ids.gid)
         self._end(ProcessTerminated(code, None, code << 8) if code else ProcessDone(0))
+
+    def outside(self, path: str) -> str:
+        """Return the name on the host of the new file PATH, as the builder names it."""
+        return next(
+            (
+                bind.source + path.removeprefix(bind.target)
+                for bind in reversed(self.spec.binds)
+                if path.startswith(bind.target + "/")
+            ),
+            path,
+        )
 
     def signalProcess(self, signal: str) -> None:
         self.killed = True

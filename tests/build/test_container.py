@@ -87,7 +87,9 @@ class PlanTests(SynchronousTestCase):
             [
                 Bind("/gnu/store/x", "/a", True),
                 Bind("/b", "/b", False),
+                Bind(DRV + ".chroot/store", "/gnu/store", False),
                 Bind("/elsewhere", INPUT, False),
+                Bind(DRV + ".chroot/tmp", "/tmp", False),
                 Bind("/tmp/guix-build-hello.drv-7/top", "/tmp/guix-build-hello.drv-0", False),
             ],
         )

@@ -208,8 +208,8 @@ class RoomTests(SynchronousTestCase):
         later.pop().callback(None)  # the durations that are known
         a, b = world.derive("a"), world.derive("b")
         building = world.build(a, b)
-        several = Path(f"{launcher['a'].spec.root}/tmp/several")
-        several.mkdir(parents=True)
+        several = Path(launcher["a"].outside("/tmp/several"))
+        several.mkdir()
         for number in range(200):
             (several / str(number)).touch()
         launcher["a"].finish()
@@ -328,8 +328,7 @@ class FailureTests(Fake):
         bad, other = world.derive("bad"), world.derive("other")
         building = world.build(bad, observer=observer)
         undisturbed = world.build(other)
-        fifo = (self.launcher["bad"].spec.root or "") + world.output(bad)
-        os.makedirs(os.path.dirname(fifo))
+        fifo = self.launcher["bad"].outside(world.output(bad))
         os.mkfifo(fifo, 0o600)
         if os.geteuid() == 0:
             os.chown(fifo, self.launcher["bad"].spec.ids.uid, 0)  # type: ignore[union-attr]

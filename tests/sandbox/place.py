@@ -195,9 +195,9 @@ class Place:
         )
         self.case.addCleanup(workspace.remove)
         if self.user is None and os.geteuid() == 0:
-            for name in (workspace.outside, workspace.build_directory, workspace.chroot):
+            own = workspace.root, workspace.store, workspace.tmp
+            for name in (workspace.outside, workspace.build_directory, workspace.chroot, *own):
                 os.chown(str(name), self.host.uid, self.host.gid)
-            os.chown(str(workspace.root), self.host.uid, self.host.gid)
         spec = plan(
             derivation,
             path,

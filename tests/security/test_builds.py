@@ -276,11 +276,11 @@ class HiddenTests(BuildCase):
         drv, out = await self.prepare(client, "x", script)
         building = client.build_paths([drv])
         await self.told("begun")
-        tree, root = self.outside("x") + "/top", f"{drv}.chroot/top"
-        inner = f"{root}{out}"
+        tree, store = self.outside("x") + "/top", f"{drv}.chroot/store"
+        inner = store + "/" + os.path.basename(out)
         for there in tree + "/p", inner + "/p":
             self.assertEqual(os.stat(there).st_mode & 0o7777, 0o4755)
-        for path in tree, tree + "/p", root, inner, inner + "/p":
+        for path in tree, tree + "/p", store, inner, inner + "/p":
             self.assertFalse(self.reachable(path), path)
         await self.tell("go")
         error = await self.assertFailure(building, RequestFailed)  # $out is group-writable
