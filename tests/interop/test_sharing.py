@@ -13,15 +13,16 @@ OTHER = "other-socket"
 OTHER_ENVIRONMENT = {"GUIX_DAEMON_SOCKET": f"/var/guix/daemon-socket/{OTHER}"}
 
 
-def read_until(process: subprocess.Popen[str], wanted: str) -> str:
-    """Return what a client writes up to the line that has WANTED in it."""
-    assert process.stdout is not None
+def read_until(process: subprocess.Popen[str], wanted: str, *, errors: bool = False) -> str:
+    """Return what a client writes, to standard error if ERRORS, up to the line with WANTED."""
+    stream, other = (process.stdout, process.stderr)[:: -1 if errors else 1]
+    assert stream is not None
     seen = ""
-    for line in process.stdout:
+    for line in stream:
         seen += line
         if wanted in line:
             return seen
-    raise AssertionError(f"no {wanted!r} in: {seen}{process.stderr and process.stderr.read()}")
+    raise AssertionError(f"no {wanted!r} in: {seen}{other and other.read()}")
 
 
 def events(log: str, event: str) -> list[str]:

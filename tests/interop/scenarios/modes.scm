@@ -11,3 +11,7 @@
 (register "loops" "while true; do :; done")
 (register "silent" "sleep 600")
 (register "cores" "echo $NIX_BUILD_CORES > $out")
+(register "fifo" "mkfifo $out")
+(register "paced" "echo begun; sleep 1; echo ended; echo it > $out")
+(register "needs" (string-append "echo " (out (shell "works" "echo fine > $out")) " > $out")
+  #:inputs (list (shell "works" "echo fine > $out")))
