@@ -57,6 +57,11 @@ class Attempt:
             builder.hold(holder, True)
         return builder
 
+    def _again(self) -> Builder:
+        """Return what watches over another process, in place of the one before."""
+        self._builder = self._make_builder()
+        return self._builder
+
     def _make_log(self) -> None:
         shop, job = self._shop, self._job
         if shop.settings.keep_log:
@@ -234,9 +239,17 @@ class Attempt:
         for number in range(1, rounds + 1):
             last = number == rounds
             if number > 1:
-                self._builder = self._make_builder()
+                self._again()
             finish = self._finish_of(delivery, last)
-            trial = Trial(self._shop, self._job, self._builder, self._user, where, last=last)
+            trial = Trial(
+                self._shop,
+                self._job,
+                self._builder,
+                self._user,
+                where,
+                again=self._again,
+                last=last,
+            )
 
             async def finish_and_make_room(
                 harvest: Harvest, finish: Finish = finish, last: bool = last

@@ -18,7 +18,6 @@ from zope.interface import implementer
 
 from guixd.build.download import Download, DownloadTools
 from guixd.build.job import Job
-from guixd.build.narfallback import fetch_nar
 from guixd.build.outputs import Known
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.derivation import Derivation
@@ -144,19 +143,13 @@ class Builtins:
     """Runs the builders that are parts of the daemon.
 
     :param reactor: calls them in its next turn, when who asked for it is ready.
+    :ivar tools: what they use.
     """
 
     def __init__(self, reactor: Any, tools: DownloadTools) -> None:
         self._reactor = reactor
-        self._tools = tools
+        self.tools = tools
         self._number = FIRST_NUMBER
-
-    async def fetch_nar(self, job: Job, directory: str) -> bool:
-        """Restore the only output of JOB in DIRECTORY, see `narfallback.fetch_nar`."""
-        path = job.drv.outputs["out"].path
-        return await fetch_nar(
-            self._tools, path, directory, lambda text: job.say.output(text.encode())
-        )
 
     def spawn(
         self, protocol: Any, job: Job, directory: str, hash_parts: Iterable[str]
@@ -170,7 +163,7 @@ class Builtins:
         self._number += 1
         process = BuiltinProcess(self._number, protocol)
         say, report = process.write, process.write_if_read
-        download = Download(self._tools, job, directory, hash_parts, say, report)
+        download = Download(self.tools, job, directory, hash_parts, say, report)
         protocol.makeConnection(process)
 
         async def work() -> bool:

@@ -17,7 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from guixd.sandbox import kernel
@@ -54,22 +54,9 @@ def main(text: str) -> NoReturn:
     if not order["git"]:
         print("not trying Git, which is not there or not wanted", flush=True)
         sys.exit(1)
-    os.umask(0o022)
-    where = os.getcwd()
+    git = Git(order, enter(order))
     try:
-        _enter_namespaces()
-    except OSError as error:
-        if order["boxed"]:
-            print(f"error: cannot confine Git: {error}", flush=True)
-            sys.exit(1)
-    else:
-        _enter_box(where, os.path.dirname(os.path.dirname(os.path.realpath(order["git"]))))
-        where = WORK
-    os.chdir(where)
-    _set(_PR_SET_NO_NEW_PRIVS, 1)
-    checkout = _Checkout(order, where)
-    try:
-        checkout.run()
+        _check_out(git, order)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", flush=True)
         shutil.rmtree(order["out"], ignore_errors=True)
@@ -77,10 +64,15 @@ def main(text: str) -> NoReturn:
     sys.exit(0)
 
 
-class _Checkout:
+class Git:
+    """Runs Git in the tree that is to be the output, with nothing else that it reads.
+
+    :ivar tree: the name of the tree.
+    """
+
     def __init__(self, order: Mapping[str, Any], where: str) -> None:
-        self._order = order
-        self._out: str = order["out"]
+        self.tree = f"{where}/{order['out']}"
+        self._program: str = order["git"]
         home = f"{where}/home"
         os.makedirs(home, exist_ok=True)
         configuration = f"{home}/configuration"
@@ -97,55 +89,85 @@ class _Checkout:
             "LC_ALL": "C",
         }
 
-    def run(self) -> None:
-        """Make the tree.
+    def run(self, *arguments: str) -> None:
+        """Run a command, whose output goes to the log.
 
-        :raises OSError: or `subprocess.CalledProcessError`: it cannot be had.
+        :raises subprocess.CalledProcessError: it fails.
         """
-        commit = self._order["commit"]
-        os.mkdir(self._out)
-        self._git("init", "--quiet", "--initial-branch=main")
-        self._git("remote", "add", "--", "origin", self._order["url"])
-        if self._succeeds("fetch", "--quiet", "--depth", "1", "--", "origin", commit):
-            self._git("checkout", "--quiet", "FETCH_HEAD")
-        else:
-            print("fetching the whole history, as a part of it cannot be had", flush=True)
-            self._git("fetch", "--quiet", "--tags", "--", "origin")
-            self._git("checkout", "--quiet", commit, "--")
-        if self._order["recursive"]:
-            self._git("submodule", "--quiet", "update", "--init", "--recursive")
-        for directory, directories, files in os.walk(self._out, topdown=True):
-            if ".git" in files:
-                os.unlink(f"{directory}/.git")
-            if ".git" in directories:
-                directories.remove(".git")
-                shutil.rmtree(f"{directory}/.git")
+        self._run(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
-    def _git(self, *arguments: str) -> None:
-        command = [self._order["git"], *arguments]
-        subprocess.run(
-            command,
-            check=True,
-            cwd=self._out,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )
+    def ask(self, *arguments: str, data: str) -> str:
+        """Return what a command prints that reads DATA; it may fail likewise."""
+        done = self._run(arguments, input=os.fsencode(data), stdout=subprocess.PIPE)
+        return os.fsdecode(done.stdout)
 
-    def _succeeds(self, *arguments: str) -> bool:
+    def succeeds(self, *arguments: str) -> bool:
+        """Run a command; return whether it succeeds."""
         try:
-            self._git(*arguments)
+            self.run(*arguments)
         except subprocess.CalledProcessError:
             return False
         return True
+
+    def _run(self, arguments: Sequence[str], **more: Any) -> subprocess.CompletedProcess[bytes]:
+        command = [self._program, *arguments]
+        return subprocess.run(command, check=True, cwd=self.tree, env=self._environment, **more)
+
+
+def _check_out(git: Git, order: Mapping[str, Any]) -> None:
+    """Make the tree.
+
+    :raises OSError: or `subprocess.CalledProcessError`: it cannot be had.
+    """
+    commit = order["commit"]
+    os.mkdir(git.tree)
+    git.run("init", "--quiet", "--initial-branch=main")
+    git.run("remote", "add", "--", "origin", order["url"])
+    if git.succeeds("fetch", "--quiet", "--depth", "1", "--", "origin", commit):
+        git.run("checkout", "--quiet", "FETCH_HEAD")
+    else:
+        print("fetching the whole history, as a part of it cannot be had", flush=True)
+        git.run("fetch", "--quiet", "--tags", "--", "origin")
+        git.run("checkout", "--quiet", commit, "--")
+    if order["recursive"]:
+        git.run("submodule", "--quiet", "update", "--init", "--recursive")
+    for directory, directories, files in os.walk(git.tree, topdown=True):
+        if ".git" in files:
+            os.unlink(f"{directory}/.git")
+        if ".git" in directories:
+            directories.remove(".git")
+            shutil.rmtree(f"{directory}/.git")
 
 
 # The box.
 
 
-def _enter_namespaces() -> None:
+def enter(order: Mapping[str, Any], more: int = 0) -> str:
+    """Go on in the box, if there can be one; return the working directory there.
+
+    :param more: other namespaces to be in.
+    """
+    os.umask(0o022)
+    where = os.getcwd()
+    try:
+        _enter_namespaces(more)
+    except OSError as error:
+        if order["boxed"]:
+            print(f"error: cannot confine Git: {error}", flush=True)
+            sys.exit(1)
+    else:
+        program = order["git"] and os.path.realpath(order["git"])
+        _enter_box(where, os.path.dirname(os.path.dirname(program)))
+        where = WORK
+    os.chdir(where)
+    _set(_PR_SET_NO_NEW_PRIVS, 1)
+    return where
+
+
+def _enter_namespaces(more: int) -> None:
     uid, gid = os.getuid(), os.getgid()
-    kernel.unshare(kernel.NEWUSER | kernel.NEWNS | kernel.NEWPID | kernel.NEWIPC | kernel.NEWUTS)
+    own = kernel.NEWNS | kernel.NEWPID | kernel.NEWIPC | kernel.NEWUTS
+    kernel.unshare(kernel.NEWUSER | own | more)
     kernel.write_file("/proc/self/setgroups", "deny")
     kernel.write_file("/proc/self/uid_map", f"{uid} {uid} 1")
     kernel.write_file("/proc/self/gid_map", f"{gid} {gid} 1")

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from urllib.parse import urlsplit
 
-from guixd.build import gitbox
+from guixd.build import gitbox, treebox
 from guixd.build.container import Host
 from guixd.build.downloadinputs import Refused, check_url, datum, strings
 from guixd.build.job import Job
@@ -25,14 +26,15 @@ from guixd.formats.derivation import Derivation
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import Ids, SandboxSpec
 
-_BOOT = """import sys, types
-for name in "guixd", "guixd.sandbox", "guixd.sandbox.kernel":
+_BOOT = """import json, sys, types
+for name in "guixd", "guixd.sandbox", "guixd.build":
+    sys.modules[name] = types.ModuleType(name)
+for name, text in json.loads(sys.argv[1]):
     module = sys.modules[name] = types.ModuleType(name)
-exec(sys.argv[1], module.__dict__)
-sys.modules["guixd.sandbox"].kernel = module
-names = {"__name__": "gitbox"}
-exec(sys.argv[2], names)
-names["main"](sys.argv[3])
+    package, _, own = name.rpartition(".")
+    setattr(sys.modules[package], own, module)
+    exec(text, module.__dict__)
+module.main(sys.argv[2])
 """
 PLACES = "/run/current-system/profile/bin:/bin:/usr/bin"
 """Where Git is looked for besides the daemon's PATH."""
@@ -92,6 +94,14 @@ def plan_checkout(job: Job, user: BuildUser | None, directory: str, host: Host) 
         raise BuildFailure(status, f"cannot build `{job.path}': {error}") from None
 
 
+def plan_unpacking(
+    job: Job, user: BuildUser | None, directory: str, host: Host, archive: str
+) -> SandboxSpec:
+    """Return how the file ARCHIVE in DIRECTORY becomes the output of JOB; see `plan_checkout`."""
+    order = {**_order(read_commit(job.drv), job.drv, user, host.environment), "archive": archive}
+    return _spec(order, (gitbox, treebox), user, directory)
+
+
 def _plan(
     commit: Commit,
     drv: Derivation,
@@ -99,14 +109,22 @@ def _plan(
     directory: str,
     environ: Mapping[str, str],
 ) -> SandboxSpec:
-    git = ""
-    if "upstream" in commit.methods:
-        git = shutil.which("git", path=f"{environ.get('PATH', '')}:{PLACES}") or ""
+    order = _order(commit, drv, user, environ)
+    if "upstream" not in commit.methods:
+        order["git"] = ""
+    return _spec(order, (gitbox,), user, directory)
+
+
+def _order(
+    commit: Commit, drv: Derivation, user: BuildUser | None, environ: Mapping[str, str]
+) -> dict[str, object]:
+    """Return what programs in boxes are told."""
+    git = shutil.which("git", path=f"{environ.get('PATH', '')}:{PLACES}") or ""
     variables = {name: environ[name] for name in _PROXIES if name in environ}
     variables["PATH"] = f"{os.path.dirname(git)}:/usr/bin:/bin"
     if urlsplit(commit.url).username is None:
         variables["GIT_SSL_NO_VERIFY"] = "true"  # The tree is known by its hash.
-    order = {
+    return {
         "url": commit.url,
         "commit": commit.commit,
         "recursive": commit.recursive,
@@ -115,10 +133,22 @@ def _plan(
         "out": drv.outputs["out"].path.base,
         "boxed": user is None,
     }
-    texts = inspect.getsource(kernel), inspect.getsource(gitbox), json.dumps(order)
+
+
+def _spec(
+    order: Mapping[str, object],
+    programs: Iterable[ModuleType],
+    user: BuildUser | None,
+    directory: str,
+) -> SandboxSpec:
+    """Return how the last of PROGRAMS, which needs the others, does what ORDER says."""
+    modules = [(module.__name__, inspect.getsource(module)) for module in (kernel, *programs)]
     return SandboxSpec(
         program=sys.executable,
-        arguments=("python3", "-I", "-X", "utf8", "-c", _BOOT, *texts),
+        arguments=(
+            *("python3", "-I", "-X", "utf8", "-c", _BOOT),
+            *(json.dumps(modules), json.dumps(order)),
+        ),
         environment=(("PATH", "/usr/bin:/bin"),),
         directory=directory,
         store="",

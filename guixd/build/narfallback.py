@@ -7,49 +7,64 @@ from collections.abc import Callable
 
 from guixd.build.download import DownloadTools
 from guixd.errors import BadArchive, FetchError, StoreError
+from guixd.formats import hashes
+from guixd.formats.derivation import Output
+from guixd.formats.hashes import to_base32
 from guixd.formats.nar import NarParser
-from guixd.formats.path import StorePath
 from guixd.net.receiving import receive
-from guixd.net.requests import Request
+from guixd.net.requests import RESUMPTIONS, Request
 from guixd.store.restore import TreeWriter
 from guixd.store.trees import remove
 
+_OTHER = "other"
 SERVERS = ("http://bordeaux.guix.gnu.org", "http://ci.guix.gnu.org")
 _FORMS = (("nar/lzip", "lzip"), ("nar", "none"))
 """Parts of URLs, and what is to be undone, in the order of preference."""
 
 
 async def fetch_nar(
-    tools: DownloadTools, path: StorePath, directory: str, say: Callable[[str], None]
-) -> bool:
-    """Restore the archive of PATH, under its base name, from the first server that has it.
-
-    Nothing vouches for it: its hash is still to be looked at.
+    tools: DownloadTools, output: Output, directory: str, say: Callable[[str], None]
+) -> bytes:
+    """Restore the archive of OUTPUT, under its base name, from the first server that has it.
 
     :param directory: where to; nobody else can enter it.
     :param say: writes to the build's log.
-    :return: whether there is such a server.
+    :return: its hash, empty if there is no such server; another one than that of OUTPUT if
+        all servers have another tree.
     """
+    place = f"{directory}/{output.path.base}"
+    other = b""
     for form, compression in _FORMS:
         for server in SERVERS:
-            url = f"{server}/{form}/{path.base}"
+            url = f"{server}/{form}/{output.path.base}"
             say(f"trying {url}\n")
+            request = Request(url, compression=compression, resumptions=RESUMPTIONS)
             try:
-                await _restore(tools, Request(url, compression=compression), directory, path.base)
+                digest = await _restore(tools, request, directory, output)
             except (FetchError, BadArchive, StoreError) as error:
                 say(f"error: {error.text}\n")
-                await tools.threads(remove, None, f"{directory}/{path.base}")
             else:
-                return True
-    return False
+                if digest == output.digest():
+                    return digest
+                say(f"'{url}' has another tree, with hash {to_base32(digest)}\n")
+                if not other:
+                    other = digest
+                    os.rename(place, f"{directory}/{_OTHER}")
+            await tools.threads(remove, None, place)
+    if other:
+        os.rename(f"{directory}/{_OTHER}", place)
+    return other
 
 
-async def _restore(tools: DownloadTools, request: Request, directory: str, base: str) -> None:
+async def _restore(tools: DownloadTools, request: Request, directory: str, output: Output) -> bytes:
+    """Restore an archive; return its hash."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    writer = TreeWriter(opened, base)
+    writer = TreeWriter(opened, output.path.base)
     parser = NarParser(writer)
+    running = hashes.new(output.hash_algorithm)
 
     def take(block: bytes) -> None:
+        running.update(block)
         if parser.feed(block) < len(block):
             raise BadArchive("bad archive: something follows it")
         if writer.error is not None:
@@ -62,3 +77,4 @@ async def _restore(tools: DownloadTools, request: Request, directory: str, base:
     finally:
         writer.close()
         os.close(opened)
+    return running.digest()

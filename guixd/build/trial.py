@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.error import ProcessTerminated
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -22,7 +21,8 @@ from guixd.build.builtins import (
     runs_here,
 )
 from guixd.build.cgroups import Group
-from guixd.build.gitdownload import plan_checkout, read_commit
+from guixd.build.gitdownload import plan_checkout, plan_unpacking
+from guixd.build.gitfallback import GitFallback
 from guixd.build.graphs import VARIABLE as GRAPHS
 from guixd.build.graphs import export_graphs
 from guixd.build.job import Job
@@ -55,6 +55,7 @@ class Trial:
     """One run.  `run` is called once.
 
     :param user: who runs the builder; `None` for the daemon's own user.
+    :param again: returns what is to watch over another process in place of BUILDER's.
     :param last: whether no other follows, if this one ends well.
     """
 
@@ -66,11 +67,13 @@ class Trial:
         user: BuildUser | None,
         targets: Targets,
         *,
+        again: Callable[[], Builder],
         last: bool = True,
     ) -> None:
         self._shop = workshop
         self._job = job
         self._builder = builder
+        self._again = again
         self._user = user
         self._targets = targets
         self._last = last
@@ -113,7 +116,7 @@ class Trial:
             job.interest.check()
             reason = await self._run_builder(workspace, inputs)
             if self._git and isinstance(reason.value, ProcessTerminated):
-                reason = await self._fall_back(reason)
+                reason = await self._fall_back(workspace, reason)
             await self._harvest(workspace, inputs, reason, finish)
             self._finished = True
         except (BuildFailure, GuixdError, OSError):
@@ -192,9 +195,7 @@ class Trial:
             spec = plan_checkout(job, self._user, workspace.build_directory, shop.host)
         else:
             spec = self._spec(workspace, inputs)
-        if shop.cgroups is not None:
-            self._group = shop.cgroups.begin()
-            spec = replace(spec, cgroup=self._group.directory)
+        spec = self._limited(spec)
         if self._contained and job.drv.has_fixed_outputs:
             return await self._start_connected(spec)
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
@@ -216,17 +217,29 @@ class Trial:
         job.say.log(Level.ERROR, f"this build has no network: {why}")
         return await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
 
+    def _limited(self, spec: SandboxSpec) -> SandboxSpec:
+        """Return SPEC with the limits for this build."""
+        if self._shop.cgroups is None:
+            return spec
+        self._group = self._group or self._shop.cgroups.begin()
+        return replace(spec, cgroup=self._group.directory)
+
     async def _run_builder(self, workspace: Workspace, inputs: frozenset[StorePath]) -> Failure:
         """Run the builder to its end; return how it ended.
 
         :raises BuildFailure: a limit was broken (timed out).
         """
-        job, builder = self._job, self._builder
+        job = self._job
         process = await self._start(workspace, inputs)
         job.say.begin(process.pid)
         log = job.say.log_file
         name = log.path if log is not None else ""
         job.say.trace(BuildStarted(job.path, job.drv.platform, name, process.pid).line)
+        return await self._see_through(self._builder, process)
+
+    async def _see_through(self, builder: Builder, process: Any) -> Failure:
+        """Watch over PROCESS until it ends; return how it ended, see `_run_builder`."""
+        job = self._job
         builder.begin(process, self._user)
         reached("build.begun")
         if job.interest.lost:
@@ -238,19 +251,24 @@ class Trial:
             raise timed_out(job.path, builder.expired)
         return reason
 
-    async def _fall_back(self, reason: Failure) -> Failure:
+    async def _fall_back(self, workspace: Workspace, reason: Failure) -> Failure:
         """Get elsewhere what Git could not; return REASON if that does not work either."""
-        job, builtins = self._job, self._shop.builtins
-        if builtins is None or "nar" not in read_commit(job.drv).methods:
+        shop, job = self._shop, self._job
+        if shop.builtins is None:
             return reason
-        directory = f"{self._private}/nar"
-        os.makedirs(directory, 0o700)
-        os.chmod(self._private, 0o700)
-        start = Deferred.fromCoroutine
-        if not await job.interest.wait(lambda: start(builtins.fetch_nar(job, directory))):
-            return reason
-        self._fallback = directory
-        return Failure(ProcessDone(0))  # type: ignore[no-untyped-call]
+
+        async def unpack(archive: str) -> Failure:
+            directory = workspace.build_directory
+            spec = plan_unpacking(job, self._user, directory, shop.host, archive)
+            builder, spec = self._again(), self._limited(spec)
+            process = await job.interest.wait(lambda: shop.launcher.spawn(builder, spec))
+            return await self._see_through(builder, process)
+
+        private = self._private
+        fallback = GitFallback(shop.builtins.tools, job, private, workspace.open_build, unpack)
+        reason = await fallback.run(reason)
+        self._fallback = fallback.directory
+        return reason
 
     # --- after its end ----------------------------------------------------------------
 

@@ -51,8 +51,10 @@ class Way:
         return cls(parts.scheme, parts.hostname or "", port, proxy, verify)
 
 
-def request_bytes(way: Way, parts: SplitResult, fields: dict[str, str]) -> bytes:
-    """Return a GET request for the URL PARTS."""
+def request_bytes(
+    way: Way, parts: SplitResult, fields: dict[str, str], method: str = "GET"
+) -> bytes:
+    """Return a request without a body for the URL PARTS."""
     target = quote(parts.path or "/", safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
@@ -64,7 +66,10 @@ def request_bytes(way: Way, parts: SplitResult, fields: dict[str, str]) -> bytes
         target = f"http://{host}{target}"
         if way.proxy.credentials:
             all_fields["Proxy-Authorization"] = basic(way.proxy.credentials)
-    lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in all_fields.items())]
+    if method != "GET":
+        all_fields["Content-Length"] = "0"
+    lines = [f"{method} {target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in all_fields.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 

@@ -48,6 +48,8 @@ class Request:
     resumptions: int = 0
     """How often to go on where a body broke off, if it is known to be the same."""
     headers: Sequence[tuple[str, str]] = ()
+    method: str = "GET"
+    """Or `POST`, with nothing in it, which is not redirected."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""

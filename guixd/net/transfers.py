@@ -323,7 +323,7 @@ class Transfer:
             way = Way.to(parts, self._proxies.proxy_for(url), request.verify)
             body, answer = await self._get(way, parts, self._fields(way, parts, user))
             bare = without_user(parts)
-            if answer.status not in REDIRECTS:
+            if answer.status not in REDIRECTS or request.method != "GET":
                 self._check_status(answer, way)
                 return body, answer, bare
             location = answer.get("location")
@@ -361,7 +361,7 @@ class Transfer:
         self, way: Way, parts: SplitResult, fields: dict[str, str]
     ) -> tuple[Body, ResponseHead]:
         """Return a response; a connection that was kept too long is given up for a new one."""
-        request = request_bytes(way, parts, fields)
+        request = request_bytes(way, parts, fields, self._request.method)
         while True:
             body = self._body = self._new_body(request)
             kept = self._connections.take(way)

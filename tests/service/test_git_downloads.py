@@ -11,11 +11,11 @@ from twisted.internet import reactor
 from twisted.web.server import Site
 from twisted.web.static import File
 
-from guixd.build import narfallback
+from guixd.build import heritage, narfallback
 from guixd.client import nar_of_tree
 from guixd.settings import UidRange
 from guixd.testing import TemporaryDaemon
-from tests.net.servers import Asked, Server, answer
+from tests.net.servers import Asked, Server, answer, unused_port
 from tests.net.test_codecs import lzip
 from tests.service.downloads import DownloadCase
 from tests.support import require
@@ -34,6 +34,7 @@ class GitCase(DownloadCase):
         require(shutil.which("git") is not None, "git")
         super().setUp()
         self.patch(narfallback, "SERVERS", ())
+        self.patch(heritage, "HOST", f"http://127.0.0.1:{unused_port()}")
         self.top = Path(self.directory, "repositories")
         self.top.mkdir()
         port = reactor.listenTCP(0, Site(File(str(self.top))), interface="127.0.0.1")
@@ -141,6 +142,7 @@ class GitTest(GitCase):
             (
                 {"/a/nar/lzip": lzip(good)},
                 {"/b/nar": good},
+                {"/a/nar/lzip": lzip(good.replace(b"first", b"other")), "/b/nar/lzip": lzip(good)},
                 {"/a/nar/lzip": b"nonsense", "/b/nar/lzip": lzip(traversal), "/a/nar": good},
             )
         ):
