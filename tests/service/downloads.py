@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from guixd.build import download
 from guixd.build.request import BuildMode
 from guixd.client import Client, RequestFailed
 from guixd.formats import derivation
@@ -16,6 +17,7 @@ from guixd.formats.path import StorePath
 from guixd.service.builder import SandboxBuilder
 from guixd.settings import this_system
 from guixd.testing import TemporaryDaemon
+from tests.net.servers import unused_port
 from tests.service.world import DaemonCase
 
 CONTENT = b"what is wanted\n"
@@ -32,6 +34,10 @@ class DownloadCase(DaemonCase):
     environ: dict[str, str] = {}
     base = ""
     """The server of repositories."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(download, "ARCHIVE", f"http://127.0.0.1:{unused_port()}/")
 
     def make(self, **options: Any) -> TemporaryDaemon:
         return super().make(**{**options, "builder": SandboxBuilder, "environ": self.environ})

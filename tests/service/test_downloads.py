@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from guixd.build import download
 from guixd.build.request import BuildMode
 from guixd.formats.hashes import to_base32
 from tests.net.servers import Asked, Server, always, answer, unused_port
@@ -241,6 +242,37 @@ class MirrorsTest(DownloadCase):
                 drv, _ = await self.derive(client, f'"{server.url()}"', **{name: file})
                 self.assertEqual((await self.failure(client, drv))[0], 1, (name, file))
         self.assertEqual(server.requests, [])
+
+    async def test_internet_archive(self) -> None:
+        """W17: only for what is on the Web, and without passwords, when all else has failed."""
+
+        def script(connection: Asked, request: str) -> None:
+            good = request.startswith("GET /web/20260101000000/")
+            connection.send(answer(CONTENT) if good else answer(status="404 No"))
+
+        server = Server(self, script)
+        self.patch(download, "ARCHIVE", server.url("/web/20260101000000/"))
+        client = await self.client()
+        urls = quoted(server.url("/first", user="me:secret@"), server.url("/second"))
+        drv, out = await self.derive(client, urls)
+        await client.build_paths([drv])
+        self.assertEqual(Path(out).read_bytes(), CONTENT)
+        asked = [request.split()[1] for request in server.requests]
+        self.assertEqual(asked[:2], ["/first", "/second"])
+        self.assertEqual(asked[2:], [f"/web/20260101000000/{server.url('/first')}"])
+        ftp = f"ftp://127.0.0.1:{unused_port()}/x"
+        for number, (url, methods) in enumerate(
+            ((server.url("/x"), "(upstream)"), (ftp, "(upstream internet-archive)"))
+        ):
+            drv, _ = await self.derive(
+                client, quoted(url), name=f"n{number}", download_methods=methods
+            )
+            self.assertEqual((await self.failure(client, drv))[0], 1)
+        drv, _ = await self.derive(
+            client, quoted(server.url("/y")), name="only", download_methods="(internet-archive)"
+        )
+        await client.build_paths([drv])
+        self.assertEqual(sum("/web/" in request for request in server.requests), 2)
 
     async def content_addressed(self, text: str, **variables: str) -> tuple[str, list[str]]:
         """Download with the list TEXT, while upstream fails; return log and requests."""
