@@ -40,6 +40,9 @@ class IBuilder(Interface):
             another `GuixdError`); cancelling it gives the builds up.
         """
 
+    def freed() -> None:
+        """Something was removed from the disk, which builds may wait for."""
+
     def close() -> None:
         """Begin no more builds; those that run go on."""
 

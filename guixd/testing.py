@@ -124,6 +124,9 @@ class FakeBuilder:
                 done.callback(None)
         return done
 
+    def freed(self) -> None:
+        """Nothing waits for disk."""
+
     def close(self) -> None:
         """Record that nothing more is to begin."""
         self.closed = True

@@ -95,7 +95,7 @@ class Engine:
         self._substitutes = substitutes
         self._claims = Claims() if substitutes is None else substitutes.claims
         places = (settings.directories.store, settings.directories.temporary)
-        disk = DiskSpace(places, settings.min_free_disk)
+        disk = DiskSpace(reactor, places, settings.min_free_disk)
         self._common = Common(self._workshop, self._scheduler, self._claims, self._durations, disk)
         self._builds: dict[StorePath, SharedBuild] = {}
         self._ending: set[SharedBuild] = set()
@@ -248,9 +248,14 @@ class Engine:
         if self._builds.get(build.path) is build:
             del self._builds[build.path]
 
+    def freed(self) -> None:
+        """See whether builds that wait for disk can begin, as something was removed."""
+        self._common.disk.changed()
+
     def close(self) -> None:
         """Begin no more builds; requests fail when all that is left to do is to begin some."""
         self._scheduler.close()
+        self._common.disk.wake()
         for run in tuple(self._runs):
             run.changed()
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -19,7 +18,7 @@ from guixd.build.attempt import Attempt
 from guixd.build.broadcast import Broadcast, Follower, Observer
 from guixd.build.claims import Claims
 from guixd.build.container import is_native
-from guixd.build.diskspace import LOOK, DiskSpace
+from guixd.build.diskspace import DiskSpace
 from guixd.build.durations import Durations
 from guixd.build.job import Job
 from guixd.build.patience import Patience
@@ -199,6 +198,31 @@ class SharedBuild:
     # --- its life -----------------------------------------------------------------
 
     async def _run(self) -> Result:
+        while True:
+            if not await self._wait_for_disk():
+                return Result(Status.MISC_FAILURE, "the build daemon is stopping", general=True)
+            result = await self._try()
+            self._common.disk.changed()  # What it made on the way is gone.
+            if result is not None:
+                return result
+
+    async def _wait_for_disk(self) -> bool:
+        """Wait, with nothing in hand, until enough of it is free; False if the daemon stops."""
+        told = False
+        while lack := self._common.disk.lack():
+            if self._common.scheduler.closed:
+                return False
+            if not told:
+                told = True
+                text = f"the build of `{self.path}' waits for disk space: {lack}"
+                self._broadcast.log(Level.ERROR, text)
+            self._waiting = self._common.disk.more()
+            await self._waiting
+            self._waiting = None
+        return True
+
+    async def _try(self) -> Result | None:
+        """Build when it is our turn; `None` if there is not enough disk then."""
         claims, claimed = self._common.claims, list[StorePath]()
         try:
             for path in sorted(set(self.drv.output_paths)):
@@ -211,27 +235,10 @@ class SharedBuild:
             if normal and self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             self._slot = await self._wait_for_slot()
-            if not await self._wait_for_disk():
-                return Result(Status.MISC_FAILURE, "the build daemon is stopping", general=True)
-            return await self._build()
+            return None if self._common.disk.lack() else await self._build()
         finally:
             self._vacate()
             claims.free(claimed)
-
-    async def _wait_for_disk(self) -> bool:
-        """Wait, with the slot, until enough of the disk is free; False if the daemon stops."""
-        told = False
-        while lack := self._common.disk.lack():
-            if self._common.scheduler.closed:
-                return False
-            if not told:
-                told = True
-                text = f"the build of `{self.path}' waits for disk space: {lack}"
-                self._broadcast.log(Level.ERROR, text)
-            self._waiting = deferLater(self._common.workshop.reactor, LOOK)
-            await self._waiting
-            self._waiting = None
-        return True
 
     async def _build(self) -> Result:
         workshop = self._workshop

@@ -31,6 +31,7 @@ class Builder(Protocol):
     """`interfaces.IBuilder` for the type checker."""
 
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]: ...
+    def freed(self) -> None: ...
     def close(self) -> None: ...
     def stop(self) -> Deferred[None]: ...
 
@@ -61,6 +62,10 @@ class SandboxBuilder:
     def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]:
         """Carry out REQUEST for OBSERVER; see `IBuilder.build`."""
         return self._engine.build(request, observer)
+
+    def freed(self) -> None:
+        """See whether builds that wait for disk can begin."""
+        self._engine.freed()
 
     def close(self) -> None:
         """Begin no more builds."""

@@ -214,6 +214,8 @@ class Daemon:
         """Do what may be due after a request: copy the log of the database, or stop."""
         if self._drain is not None:
             self._drain.stirred()
+        if self._builder is not None:
+            self._builder.freed()
         store = self._store
         if self._tidying or store is None or not store.database.checkpoint_due():
             return

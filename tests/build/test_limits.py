@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -172,11 +173,14 @@ class RealTests(TestCase):
 class DiskTests(Fake):
     """B36: a minimum of free disk."""
 
+    def lack(self, least: int = 1 << 62) -> None:
+        """Let LEAST bytes be the minimum from now on."""
+        self.world.engine._common.disk._least = least
+
     def test_wait(self) -> None:
         """B36: below the minimum a build waits, its client is told, and it begins later."""
         world, observer = self.world, Recorder()
-        space = world.engine._common.disk
-        space._least = 1 << 62
+        self.lack()
         drv = world.derive("a")
         building = world.build(drv, observer=observer)
         self.assertEqual(self.launcher.names, [])
@@ -184,22 +188,68 @@ class DiskTests(Fake):
         self.assertIn("--min-free-disk", observer.logs[0])
         self.clock.advance(diskspace.LOOK)
         self.assertEqual((self.launcher.names, len(observer.logs)), ([], 1))
-        space._least = 1
+        self.lack(1)
         self.clock.advance(diskspace.LOOK)
         self.launcher["a"].finish()
         self.successResultOf(building)
+        self.assertIsNone(world.engine._common.disk._timer)
+
+    def test_files(self) -> None:
+        """B36: room for few files is too little, too, but not where their number has no limit."""
+        real = os.statvfs(self.world.top)
+        kind = namedtuple("kind", "f_bavail f_frsize f_files f_favail")
+        place = diskspace.DiskSpace(self.clock, ["/x"], 10 << 20)
+        for files, available, lacks in (100, 79, True), (100, 80, False), (0, 0, False):
+            status = kind(1 << 30, real.f_frsize, files, available)
+            self.patch(os, "statvfs", lambda _, status=status: status)
+            self.assertIs("room for 79 files in '/x'" in place.lack(), lacks)
+            self.assertIs(bool(place.lack()), lacks)
+
+    def test_others_go_on(self) -> None:
+        """B36: who waits has no slot and no claim: what another makes valid is taken as it is."""
+        world, one, two = self.world, Recorder(), Recorder()
+        drv = world.derive("a")
+        running = world.build(drv, max_jobs=1)
+        self.lack()
+        waiting = world.build(world.derive("b"), observer=one, max_jobs=1)
+        other = world.build(world.derive("top", inputs=[drv]), observer=two, max_jobs=1)
+        self.assertEqual(world.engine._scheduler.running, 1)
+        self.launcher["a"].finish()
+        self.successResultOf(running)
+        self.assertEqual(world.engine._scheduler.running, 0)
+        self.assertIn("waits for disk space", "".join(two.logs))
+        self.successResultOf(world.build(drv))
+        self.lack(1)
+        world.engine.freed()
+        for name in "b", "top":
+            self.launcher[name].finish()
+        for building in waiting, other:
+            self.successResultOf(building)
+        self.assertIsNone(world.engine._common.disk._timer)
+
+    def test_slot_comes_late(self) -> None:
+        """B36: when a slot comes, the disk may be full again; it goes to nobody for nothing."""
+        world = self.world
+        one, two = world.derive("a"), world.derive("b")
+        building = world.build(one, two, max_jobs=1)
+        first, second = ("a", "b") if self.launcher.names == ["a"] else ("b", "a")
+        self.lack()
+        self.launcher[first].finish()
+        self.assertEqual((self.launcher.names, world.engine._scheduler.running), ([first], 0))
+        self.lack(1)
+        world.engine.freed()
+        self.launcher[second].finish()
+        self.successResultOf(building)
 
     def test_given_up(self) -> None:
-        """B8, O20: who leaves, or a daemon that stops, ends the wait and frees the slot."""
+        """B8, O20: who leaves, or a daemon that stops, ends the wait."""
         world = self.world
-        world.engine._common.disk._least = 1 << 62
+        self.lack()
         one = world.build(world.derive("a"))
-        self.assertEqual(world.engine._scheduler.running, 1)
         one.cancel()
         one.addErrback(lambda _: None)
-        self.assertEqual(world.engine._scheduler.running, 0)
+        self.assertIsNone(world.engine._common.disk._timer)
         two = world.build(world.derive("b"))
         world.engine.close()
-        self.clock.advance(diskspace.LOOK)
         self.assertIn("stopping", self.error(two).text)
-        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertIsNone(world.engine._common.disk._timer)
