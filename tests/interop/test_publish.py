@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import signal
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.interop.guest import requires_guest
-from tests.interop.place import GUIXD, STOCK, Output, Place
+from tests.interop.place import CLIENT_SECONDS, GUIXD, STOCK, Output, Place
+from tests.net.lan import Machine, announce, connect, requires_lan
 
 
-@requires_guest
-class Publishing(SynchronousTestCase):
+class PublishingCase(SynchronousTestCase):
     """One store publishes what it has; others take it from there."""
 
     maxDiff = None
 
-    def publish(self, *options: str) -> tuple[str, str]:
+    def publish(self, *options: str, address: str = "127.0.0.1") -> tuple[str, str]:
         """Let a store have an item and publish it; return the URL and the item."""
         place = Place(self)
         place.use_keys()
@@ -25,10 +30,10 @@ class Publishing(SynchronousTestCase):
         source.write_text("Hello, mirror!\n" * 1000)
         place.start(GUIXD)
         item = place.run("guix", "download", str(source)).lines[0]
-        with socket.create_server(("127.0.0.1", 0)) as probe:
+        with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
         publishing = place.client(
-            "guix", "publish", "--listen=127.0.0.1", f"--port={port}", *options
+            "guix", "publish", f"--listen={address}", f"--port={port}", *options
         )
 
         def stop() -> None:
@@ -39,9 +44,12 @@ class Publishing(SynchronousTestCase):
         assert publishing.stderr is not None
         for line in publishing.stderr:
             if "publishing" in line:
-                return f"http://127.0.0.1:{port}", item
+                return f"http://{address}:{port}", item
         raise AssertionError("guix publish does not serve")
 
+
+@requires_guest
+class Publishing(PublishingCase):
     def take(self, daemon: str, url: str, *command: str) -> tuple[Place, Output]:
         """Run COMMAND with DAEMON on an empty store that substitutes from URL."""
         place = Place(self)
@@ -75,6 +83,42 @@ class Publishing(SynchronousTestCase):
         for stock, guixd in zip(*shown, strict=True):
             self.assertEqual((stock.status, stock.out), (guixd.status, guixd.out), guixd.err)
         self.assertIn("100.0%", _numbers(shown[1][2]))
+
+
+@requires_guest
+@requires_lan
+class Discovering(PublishingCase):
+    """The other store is on another machine, which announces it."""
+
+    def test_discovered(self) -> None:
+        """U25: nobody names the server, and it is used."""
+        here, there = Machine(self), Machine(self)
+        connect(here, there)
+        with there.entered():
+            url, item = self.publish(address="10.9.0.2")
+        place = Place(self)
+        place.use_keys()
+        published = place.directory / "state/discover/publish"
+        published.parent.mkdir()
+        changed = changes_in(self, published.parent)
+        with here.entered():
+            place.start(GUIXD, "--discover", "--substitute-urls=", substitutes=True)
+            announce(self, there, "10.9.0.2", f"guix-publish-there={url.removeprefix('http://')}")
+            while not (published.exists() and published.read_text() == f"{url}\n"):
+                self.assertTrue(changed(), place.log())
+            output = place.run("guix", "build", item)
+        self.assertIn(f"from {url}", output.err)
+        self.assertEqual(place.outside(item).read_text(), "Hello, mirror!\n" * 1000)
+
+
+def changes_in(case: SynchronousTestCase, directory: Path) -> Callable[[], bool]:
+    """Return what waits until a file in DIRECTORY has got its name, and says whether one has."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+    case.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    descriptor = os.open(directory, os.O_RDONLY)
+    case.addCleanup(os.close, descriptor)
+    fcntl.fcntl(descriptor, fcntl.F_NOTIFY, fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
+    return lambda: signal.sigtimedwait({signal.SIGIO}, CLIENT_SECONDS) is not None
 
 
 def _numbers(output: Output) -> str:
