@@ -22,7 +22,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     from guixd.build.claims import Claims
     from guixd.build.directories import Lookups
     from guixd.build.substitutes import Substitutes
-    from guixd.net.judging import judge_of
+    from guixd.net.judging import Judge
     from guixd.net.narinfos import Narinfos
 
     cache = environ.get("XDG_CACHE_HOME")
@@ -34,7 +34,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
         Lookups(daemon.threads, daemon.fetcher),
         store.directory,
         directory,
-        judge_of(daemon.acl),
+        Judge(daemon.acl),
     )
     return Substitutes(
         daemon.reactor,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Final, Protocol
 
 from guixd.errors import BadExpression, SignatureError
 from guixd.formats import sexp
@@ -17,6 +18,23 @@ ACL_FILE: Final = "acl"
 _TAG: Final = (b"tag", (b"guix", b"import"))
 
 _Mark = tuple[int, int, int, int] | None
+
+
+class Keyring(Protocol):
+    """Keys that count."""
+
+    def authorises(self, key: Expression, /) -> bool:
+        """Whether KEY, a `(public-key ...)`, does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What an access control list said at some time."""
+
+    keys: frozenset[Expression]
+
+    def authorises(self, key: Expression) -> bool:
+        return key in self.keys
 
 
 class Acl:

@@ -18,7 +18,7 @@ from guixd.errors import (
 from guixd.formats import sexp
 from guixd.formats.sexp import Expression, Member
 from guixd.signatures import gcrypt
-from guixd.signatures.acl import Acl
+from guixd.signatures.acl import Keyring
 from guixd.signatures.keys import KeyPair
 
 MAX_SIZE: Final = 64 * 1024
@@ -37,7 +37,7 @@ def sign(digest: bytes, keys: KeyPair) -> bytes:
     return sexp.pretty((b"signature", data, value, keys.public))
 
 
-def verify(signature: bytes, acl: Acl, expected: bytes | None = None) -> bytes:
+def verify(signature: bytes, acl: Keyring, expected: bytes | None = None) -> bytes:
     """Return the sha256 that the text SIGNATURE is for.
 
     :param acl: whose signatures count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.formats import narinfo, sexp
 from guixd.formats.path import StoreDirectory
-from guixd.net.judging import is_authorised, judge_of
+from guixd.net import judging
+from guixd.net.judging import Judge, is_authorised
 from guixd.net.narinfos import Source
 from guixd.net.places import places
 from guixd.signatures import Acl
@@ -43,10 +45,9 @@ def said(signed: str, text: bytes, *, version: str = "1", rest: str = "") -> nar
 
 class JudgingTests(SynchronousTestCase):
     def setUp(self) -> None:
-        directory = temporary_directory(self)
-        with open(f"{directory}/acl", "w") as file:  # noqa: PTH123
-            file.write(f"(acl (entry {PUBLIC} (tag (guix import))))")
-        self.acl = Acl(directory)
+        self.file = Path(temporary_directory(self), "acl")
+        self.file.write_text(f"(acl (entry {PUBLIC} (tag (guix import))))")
+        self.acl = Acl(str(self.file.parent))
         self.digest = hashlib.sha256(SIGNED.encode()).hexdigest().upper()
 
     def test_vector(self) -> None:
@@ -55,7 +56,19 @@ class JudgingTests(SynchronousTestCase):
             self.digest, "FF12F747D137CC20576151720FB4B41C74C056BB2C3D407566007D0E7F84D925"
         )
         good = said(SIGNED, signature(self.digest))
-        self.assertEqual(judge_of(self.acl)([good, good]), [True, True])
+        self.assertEqual(Judge(self.acl)([good, good]), [True, True])
+
+    def test_known(self) -> None:
+        """U4, U29: what was genuine is not checked again, until it or the list is another."""
+        judge = Judge(self.acl)
+        good = said(SIGNED, signature(self.digest))
+        other = said(SIGNED.replace("NarSize: 120", "NarSize: 121"), signature(self.digest))
+        self.assertEqual(judge([good, other]), [True, False])
+        self.patch(judging, "verify", None)
+        self.assertEqual(judge([good]), [True])
+        self.assertRaises(TypeError, judge, [other])
+        self.file.write_text("(acl)")
+        self.assertRaises(TypeError, judge, [good])
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 255), st.booleans())
