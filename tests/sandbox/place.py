@@ -141,6 +141,7 @@ class Place:
         self.host = Host.current()
         if root and self.mode == "rootless":
             # The zygote becomes somebody without privileges, and so do its directories.
+            uid += 31
             self.host = replace(self.host, uid=uid, gid=BUILD_GID)
             boot = _BOOT_AS.format(uid=uid, gid=BUILD_GID)
             self.case.patch(guixd.build.zygote, "_BOOT", boot)
@@ -186,7 +187,7 @@ class Place:
         user = self.user
         if user is not None:
             # All that runs as this user may end with the build.
-            user = replace(user, uid=user.uid + (self._builds - 1) % 32)
+            user = replace(user, uid=user.uid + (self._builds - 1) % 31)
         workspace = Workspace.create(
             path,
             temporary=self.settings.directories.temporary,
