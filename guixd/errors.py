@@ -185,7 +185,8 @@ class FetchError(GuixdError):
 
     :ivar kind: `connect`, `dns`, `tls`, `proxy`, `http` (an answer that is no success),
         `redirect`, `body` (cut short or garbled), `timeout`, `limit` (too long), `url`
-        (refused before any connection), `credentials` (they would not be safe), or
+        (refused before any connection), `address` (nearer than it may be), `credentials`
+        (they would not be safe), or
         `fetcher` (the helper process is gone: the same may succeed at once).
     :ivar http_status: what the server answered, 0 if it is not about that.
     """

@@ -87,6 +87,7 @@ class Transfer:
             idle_timeout=IDLE_TIMEOUT,
             least=LEAST,
             resumptions=RESUMPTIONS,
+            nearest=self._place.nearest,
         )
 
     @property

@@ -21,6 +21,7 @@ from guixd.errors import FetchError
 from guixd.net.endpoints import basic, bracketed, endpoint_for
 from guixd.net.http1 import BadResponse, ResponseHead, ResponseReader
 from guixd.net.proxies import Proxy
+from guixd.net.reach import Reach, check, reach_of, reach_of_host
 from guixd.net.requests import AGENT
 
 KEPT = 32
@@ -43,12 +44,25 @@ class Way:
     port: int
     proxy: Proxy | None
     verify: bool
+    nearest: Reach = Reach.LOOPBACK
+    """What the server must not be nearer than."""
 
     @classmethod
-    def to(cls, parts: SplitResult, proxy: Proxy | None, verify: bool) -> Way:
-        """Return the way to the server of a URL."""
+    def to(
+        cls,
+        parts: SplitResult,
+        proxy: Proxy | None,
+        verify: bool,
+        nearest: Reach = Reach.LOOPBACK,
+    ) -> Way:
+        """Return the way to the server of a URL.
+
+        :raises FetchError: even its name says that it is nearer than NEAREST.
+        """
+        host = parts.hostname or ""
+        check(reach_of_host(host), nearest, host)  # a proxy would not
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
-        return cls(parts.scheme, parts.hostname or "", port, proxy, verify)
+        return cls(parts.scheme, host, port, proxy, verify, nearest)
 
 
 def request_bytes(
@@ -77,11 +91,13 @@ class Exchange:
     """One request and its response, for children that want to be told.
 
     :ivar began: whether anything of the response has come.
+    :ivar reach: how near the server is that it was sent to.
     """
 
     def __init__(self, request: bytes) -> None:
         self.request = request
         self.began = False
+        self.reach = Reach.WORLD
         self.connection: Connection | None = None
 
     def head(self, head: ResponseHead) -> None:
@@ -117,6 +133,7 @@ class Connection(Protocol):
     :param idle: called when all are answered and it may be used again.
     :ivar answered: how many exchanges have ended.
     :ivar received: how many bytes have come.
+    :ivar reach: how near the server is, as far as that is known.
     :param lost: called at its end with the exchanges of which nothing has come, and why.
     """
 
@@ -136,6 +153,7 @@ class Connection(Protocol):
         self.low = 0
         self.answered = 0
         self.received = 0
+        self.reach = Reach.WORLD
         self.alive = True
         self.timer: IDelayedCall | None = None
 
@@ -145,6 +163,7 @@ class Connection(Protocol):
             below = below.transport
         below.bufferSize = _READ_AT_ONCE
         below.setTcpNoDelay(True)
+        self.reach = reach_of(self.transport.getPeer().host)
 
     @property
     def waiting(self) -> int:
@@ -169,6 +188,7 @@ class Connection(Protocol):
         """Send requests at once."""
         for exchange in exchanges:
             exchange.connection = self
+            exchange.reach = self.reach
             self._exchanges.append(exchange)
         self.transport.write(b"".join(exchange.request for exchange in exchanges))
 
@@ -291,6 +311,7 @@ class Connections:
                 proxy=way.proxy,
                 trust=self._trust if way.verify else None,
                 timeout=timeout,
+                nearest=way.nearest,
             )
             connection = Connection(idle or (lambda each: self.keep(way, each)), lost)
             connecting = endpoint.connect(Factory.forProtocol(lambda: connection))
@@ -299,6 +320,8 @@ class Connections:
             raise
         except Exception as error:  # noqa: BLE001
             raise explained(Failure(error), connecting=True) from None  # type: ignore[no-untyped-call]
+        if way.proxy is not None:
+            connection.reach = reach_of_host(way.host)
         return connection
 
     def keep(self, way: Way, connection: Connection) -> None:

@@ -23,6 +23,7 @@ from zope.interface import implementer
 from guixd.errors import FetchError
 from guixd.net.http1 import BadResponse, parse_head
 from guixd.net.proxies import Proxy
+from guixd.net.reach import Reach, beyond
 
 _LONGEST_ANSWER = 64 << 10
 
@@ -36,14 +37,18 @@ def endpoint_for(
     proxy: Proxy | None,
     trust: Callable[[], Any] | None,
     timeout: float,
+    nearest: Reach = Reach.LOOPBACK,
 ) -> Any:
     """Return the endpoint for talking to HOST, by HTTP through PROXY if there is one.
 
     :param trust: returns the trusted certificates; without it all are taken.
     :param timeout: seconds for each address.
+    :param nearest: what HOST must not be nearer than; a proxy may be anywhere.
     """
-    where = (host, port) if proxy is None else (proxy.host, proxy.port)
-    endpoint: Any = HostnameEndpoint(reactor, *where, timeout=timeout)
+    if proxy is None:
+        endpoint: Any = HostnameEndpoint(beyond(reactor, nearest), host, port, timeout=timeout)
+    else:
+        endpoint = HostnameEndpoint(reactor, proxy.host, proxy.port, timeout=timeout)
     if not tls:
         return endpoint
     if proxy is not None:

@@ -150,6 +150,7 @@ async def retrieve(
         code, text = await control.command(f"SIZE {path}")
         size = int(text) if code == 213 and re.fullmatch("[0-9]{1,15}", text) else None
         data = _Data(body, control)
+        host = control.transport.getPeer().host  # the name may mean another by now
         await _connect(reactor, host, await _passive_port(control), data, timeout)
         await control.command(f"RETR {path}", 125, 150)
     except BaseException:

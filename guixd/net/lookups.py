@@ -13,6 +13,7 @@ from guixd.errors import FetchError
 from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
+from guixd.net.reach import FARTHEST, Reach
 from guixd.net.requests import LONGEST_BODY, Answer
 from guixd.net.transfers import REDIRECTS, joined, split_url, without_user
 
@@ -222,19 +223,22 @@ class Lookups:
         fields: dict[str, str],
         verify: bool,
         answered: Callable[[int, Answer], None],
+        nearest: Reach = Reach.LOOPBACK,
     ) -> Callable[[], None]:
         """Ask for URLS; ANSWERED gets the number of each with its answer.
 
+        :param nearest: what servers must not be nearer than.
         :return: what gives up those without an answer yet.
         """
         asked: dict[_Question, _Server] = {}
 
-        def put(number: int, url: str, redirects: int) -> _Server | None:
+        def put(number: int, url: str, redirects: int, nearest: Reach) -> _Server | None:
             def done(question: _Question, answer: Answer) -> None:
                 asked.pop(question, None)
                 if question.location and question.redirects < _MOST_REDIRECTS:
                     target = joined(question.url, question.location)
-                    server = put(number, target, question.redirects + 1)
+                    farther = max(nearest, min(question.reach, FARTHEST))
+                    server = put(number, target, question.redirects + 1, farther)
                     if server is not None:
                         server.pump()
                 else:
@@ -242,7 +246,7 @@ class Lookups:
 
             try:
                 parts = split_url(url, ("http", "https"))
-                way = Way.to(parts, self._proxies.proxy_for(url), verify)
+                way = Way.to(parts, self._proxies.proxy_for(url), verify, nearest)
             except FetchError as error:
                 answered(number, Answer(0, error.text.encode(), None, error.kind))
                 return None
@@ -255,7 +259,7 @@ class Lookups:
             asked[question] = server
             return server
 
-        used = [put(number, url, 0) for number, url in enumerate(urls)]
+        used = [put(number, url, 0, nearest) for number, url in enumerate(urls)]
         for server in {id(server): server for server in used if server is not None}.values():
             server.pump()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 from guixd.formats.narinfo import Download
 from guixd.formats.servers import WEB, file_name
 from guixd.net.narinfos import Source
+from guixd.net.reach import FARTHEST, Reach, reach_of_host
 
 _BY_RATIO = ("lzip", "zstd", "xz", "bzip2", "gzip", "none")
 """What compresses best comes first."""
@@ -23,6 +24,7 @@ class Place:
     :ivar name: the URL without what is secret, for the user.
     :ivar size: bytes to transfer, `None` if unknown.
     :ivar directory: the server, if it is a directory of this machine, which the file is below.
+    :ivar nearest: what the place must not be nearer than.
     """
 
     url: str
@@ -30,12 +32,14 @@ class Place:
     compression: str
     size: int | None
     directory: str = ""
+    nearest: Reach = Reach.LOOPBACK
 
 
 def places(source: Source, supported: Collection[str]) -> list[Place]:
     """Return the places that SOURCE names, those with the least to transfer first.
 
-    What a server on the web says leads to the web only: never to files of this machine.
+    What a server on the web says leads to the web only: never to files of this machine, and
+    from elsewhere not to what only this machine can reach.
 
     :param supported: the compressions that can be undone.
     """
@@ -62,13 +66,21 @@ def _place(server: str, download: Download) -> Place | None:
     try:
         url = urljoin(server.rstrip("/") + "/", download.url)
         parts = urlsplit(url)
-        host = parts.hostname
+        host, _port = parts.hostname, parts.port
     except ValueError:
         return None
     if parts.scheme not in WEB or not host or any(c in url for c in "\r\n \t\0"):
         return None
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return Place(url, shown, download.compression, download.size)
+    nearest = _nearest(urlsplit(server), parts)
+    return Place(url, shown, download.compression, download.size, nearest=nearest)
+
+
+def _nearest(server: SplitResult, place: SplitResult) -> Reach:
+    """Return how near PLACE may be, to which SERVER leads."""
+    if (server.hostname, server.port) == (place.hostname, place.port):
+        return Reach.LOOPBACK
+    return min(reach_of_host(server.hostname or ""), FARTHEST)
 
 
 def _local_place(directory: str, download: Download) -> Place | None:

@@ -50,6 +50,8 @@ class Request:
     headers: Sequence[tuple[str, str]] = ()
     method: str = "GET"
     """Or `POST`, with nothing in it, which is not redirected."""
+    nearest: int = 0
+    """The `Reach` that the server must not be nearer than."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""

@@ -21,6 +21,7 @@ from guixd.net.files import FileReader
 from guixd.net.ftp import retrieve
 from guixd.net.http1 import ResponseHead
 from guixd.net.proxies import Proxies
+from guixd.net.reach import FARTHEST, Reach, beyond
 from guixd.net.requests import Fetched, Head, Request
 from guixd.net.sinks import Sink
 
@@ -314,14 +315,19 @@ class Transfer:
             body.watch()
             FileReader(self._reactor, self._source, body)
             return body, await body.begun, url
-        user = urlsplit(url)
-        for _ in range(request.redirects + 1):
+        user, nearest = urlsplit(url), Reach(request.nearest)
+        for redirections in range(request.redirects + 1):
             parts = split_url(url, request.schemes)
-            if parts.scheme == "ftp":
-                body, answer = await self._get_by_ftp(parts)
-                return body, answer, without_user(parts)
-            way = Way.to(parts, self._proxies.proxy_for(url), request.verify)
-            body, answer = await self._get(way, parts, self._fields(way, parts, user))
+            try:
+                if parts.scheme == "ftp":
+                    body, answer = await self._get_by_ftp(parts, nearest)
+                    return body, answer, without_user(parts)
+                way = Way.to(parts, self._proxies.proxy_for(url), request.verify, nearest)
+                body, answer = await self._get(way, parts, self._fields(way, parts, user))
+            except FetchError as error:
+                if error.kind == "address" and redirections:
+                    raise FetchError("redirect", f"redirected, but {error.text}") from None
+                raise
             bare = without_user(parts)
             if answer.status not in REDIRECTS or request.method != "GET":
                 self._check_status(answer, way)
@@ -336,6 +342,7 @@ class Transfer:
             except FetchError as error:
                 raise FetchError("redirect", f"redirected, but {error.text}") from None
             url = target
+            nearest = max(nearest, min(body.reach, FARTHEST))
         raise FetchError("redirect", f"more than {request.redirects} redirections")
 
     def _fields(self, way: Way, parts: SplitResult, user: SplitResult) -> dict[str, str]:
@@ -383,11 +390,13 @@ class Transfer:
                 body.abort()
                 raise
 
-    async def _get_by_ftp(self, parts: SplitResult) -> tuple[Body, ResponseHead]:
+    async def _get_by_ftp(self, parts: SplitResult, nearest: Reach) -> tuple[Body, ResponseHead]:
         body = self._body = self._new_body(b"")
         timeout = self._request.connect_timeout
         running = Deferred.fromCoroutine(
-            retrieve(self._reactor, parts, body, timeout=timeout, started=body.watch)
+            retrieve(
+                beyond(self._reactor, nearest), parts, body, timeout=timeout, started=body.watch
+            )
         )
 
         def failed(failure: Failure) -> None:

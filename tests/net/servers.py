@@ -61,16 +61,23 @@ class Server(Factory):
     """A server on a port of its own.
 
     :param script: called with the connection and the text of each request's head.
+    :param interface: the address, of which Linux has many on its loopback.
     :ivar requests: all that came.
     :ivar arrivals: the connection of each, to be waited for with `get`.
     """
 
-    def __init__(self, case: TestCase, script: Callable[[Asked, str], None]) -> None:
+    def __init__(
+        self,
+        case: TestCase,
+        script: Callable[[Asked, str], None],
+        interface: str = "127.0.0.1",
+    ) -> None:
         self.script = script
         self.requests: list[str] = []
         self.connections: list[Asked] = []
         self.arrivals: DeferredQueue[Asked] = DeferredQueue()
-        port = reactor.listenTCP(0, self, interface="127.0.0.1")
+        self.interface = interface
+        port = reactor.listenTCP(0, self, interface=interface)
         self.number = port.getHost().port
         case.addCleanup(self._stop, port)
 
@@ -88,7 +95,7 @@ class Server(Factory):
         return Asked(self)
 
     def url(self, path: str = "/file", user: str = "") -> str:
-        return f"http://{user}127.0.0.1:{self.number}{path}"
+        return f"http://{user}{self.interface}:{self.number}{path}"
 
 
 def answer(

@@ -16,6 +16,7 @@ from guixd.net import judging
 from guixd.net.judging import Judge, is_authorised
 from guixd.net.narinfos import Source
 from guixd.net.places import places
+from guixd.net.reach import Reach
 from guixd.signatures import Acl
 from tests.signatures.keys import configuration
 from tests.support import temporary_directory
@@ -135,3 +136,18 @@ class PlacesTests(SynchronousTestCase):
         self.assertEqual(self.places("file:///mirror", "URL: nar/x\n"), [("/mirror/nar/x", "none")])
         for url in ("../etc/passwd", "/etc/passwd", "file:///etc/passwd"):
             self.assertEqual(self.places("/mirror", f"URL: {url}\n"), [], url)
+
+    def test_nearer(self) -> None:
+        """U23: what a server elsewhere names may not be here; one that is here may name it."""
+        text = "URL: nar/x\nURL: http://127.0.0.1:80/x\nURL: http://9.9.9.9/x\n"
+        for server, elsewhere in (
+            ("http://example.org", Reach.PRIVATE),
+            ("https://9.9.9.9:8080/", Reach.PRIVATE),
+            ("http://192.168.0.1", Reach.PRIVATE),
+            ("http://169.254.0.1", Reach.LINK),
+            ("http://localhost:8080", Reach.LOOPBACK),
+            ("http://[::1]", Reach.LOOPBACK),
+        ):
+            found = places(Source(server, narinfo.parse((SIGNED + text).encode(), STORE)), ["none"])
+            expected = [Reach.LOOPBACK, elsewhere, elsewhere]
+            self.assertEqual([place.nearest for place in found], expected, server)
