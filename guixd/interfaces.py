@@ -97,10 +97,13 @@ class IFetcher(Interface):
             cancelling it gives up.
         """
 
-    def lookup(urls: Any, answered: Any, *, fields: Any = None, verify: bool = False) -> Any:
+    def lookup(
+        urls: Any, answered: Any, *, fields: Any = None, verify: bool = False, nearest: Any = 0
+    ) -> Any:
         """Ask for URLS, whose bodies are short.
 
         :param answered: called with the index of each URL and its `Answer`.
+        :param nearest: a `net.reach.Reach`, which the servers must not be nearer than.
         :return: a Deferred that fires when all are answered; cancelling it gives up.
         """
 

@@ -92,6 +92,8 @@ class Settings:
     gc_keep_derivations: bool = True
     impersonate_linux_26: bool = False
     isolate_host_loopback: bool = False
+    refuse_private_hosts: bool = False
+    """Whether what clients name is only fetched from public addresses."""
     max_connections_per_user: int = 4096
     greeting_timeout: int = 300
     idle_timeout: int = 0

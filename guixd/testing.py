@@ -18,6 +18,7 @@ from guixd.client import Client, connect
 from guixd.errors import FetchError
 from guixd.formats.path import StoreDirectory
 from guixd.interfaces import IBuilder, IFetcher, ILauncher
+from guixd.net.reach import Reach
 from guixd.net.requests import Answer, Fetched, Head, Request
 from guixd.sandbox.spec import SandboxSpec
 from guixd.service.builder import Builder, SandboxBuilder
@@ -190,6 +191,7 @@ class FakeFetcher:
         *,
         fields: Mapping[str, str] | None = None,
         verify: bool = False,
+        nearest: Reach = Reach.LOOPBACK,
     ) -> Deferred[None]:
         """Answer at once."""
         for number, url in enumerate(urls):

@@ -16,6 +16,7 @@ from guixd.build.threads import Threads
 from guixd.errors import FetchError
 from guixd.formats.narinfo import MOST_BYTES
 from guixd.formats.servers import file_name, is_web
+from guixd.net.reach import Reach
 from guixd.net.receiving import FetcherLike
 from guixd.net.requests import Answer
 from guixd.store.beneath import open_beneath
@@ -47,17 +48,21 @@ def open_file(directory: str, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """Asks servers on the web by way of FETCHER, and looks into those that are directories."""
+    """Asks servers on the web by way of FETCHER, and looks into those that are directories.
+
+    :ivar nearest: says of a URL what the server must not be nearer than.
+    """
 
     threads: Threads
     fetcher: FetcherLike
+    nearest: Callable[[str], Reach]
 
     def lookup(
         self, urls: Sequence[str], answered: Callable[[int, Answer], None]
     ) -> Awaitable[None]:
         """Get all URLS of one server; ANSWERED gets the index of each and its answer."""
         if urls and is_web(urls[0]):
-            return self.fetcher.lookup(urls, answered)
+            return self.fetcher.lookup(urls, answered, nearest=self.nearest(urls[0]))
         return self._read_all(urls, answered)
 
     async def _read_all(self, urls: Sequence[str], answered: Callable[[int, Answer], None]) -> None:

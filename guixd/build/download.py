@@ -29,6 +29,7 @@ from guixd.errors import FetchError
 from guixd.formats.hashes import to_base32
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
+from guixd.net.reach import Reach
 from guixd.net.receiving import FetcherLike, receive
 from guixd.net.requests import RESUMPTIONS, SCHEMES, Head, Request
 
@@ -48,6 +49,7 @@ class DownloadTools:
     """What all downloads use.
 
     :ivar is_valid: whether a path is a valid item of the store.
+    :ivar nearest: what the places that derivations name must not be nearer than.
     """
 
     reactor: Any
@@ -55,6 +57,7 @@ class DownloadTools:
     fetcher: FetcherLike
     store: StoreDirectory
     is_valid: Callable[[str], bool]
+    nearest: Reach = Reach.LOOPBACK
 
 
 class Download:
@@ -187,7 +190,7 @@ class Download:
         if check_url(url) not in SCHEMES:
             self._say(f"URLs of type '{check_url(url)}' are not supported\n")
             return False
-        request = Request(url, resumptions=RESUMPTIONS)
+        request = Request(url, resumptions=RESUMPTIONS, nearest=self._tools.nearest)
         for _ in range(_TRIES):
             draft.restart()
             try:

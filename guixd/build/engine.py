@@ -40,6 +40,7 @@ from guixd.build.workshop import Workshop
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.interfaces import IBuilder
+from guixd.net.reach import Reach
 from guixd.net.receiving import FetcherLike
 from guixd.settings import BuildLimits, Settings
 from guixd.store.local import LocalStore
@@ -74,7 +75,8 @@ class Engine:
         builtins = None
         if fetcher is not None:
             is_valid = store.database.is_valid
-            tools = DownloadTools(reactor, threads, fetcher, store.directory, is_valid)
+            nearest = Reach.WORLD if settings.refuse_private_hosts else Reach.LOOPBACK
+            tools = DownloadTools(reactor, threads, fetcher, store.directory, is_valid, nearest)
             builtins = Builtins(reactor, tools)
         self._workshop = Workshop(
             reactor,

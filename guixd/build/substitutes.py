@@ -19,7 +19,6 @@ from guixd.build.threads import Threads
 from guixd.formats.path import StorePath
 from guixd.net.narinfos import Narinfos, Offer
 from guixd.net.receiving import FetcherLike
-from guixd.settings import Settings
 from guixd.store.local import LocalStore
 
 
@@ -34,16 +33,15 @@ class Substitutes:
         self,
         reactor: Any,
         threads: Threads,
-        settings: Settings,
         store: LocalStore,
         claims: Claims,
         narinfos: Narinfos,
+        servers: Servers,
         fetcher: FetcherLike,
         lanes: Lanes | None = None,
     ) -> None:
         self.claims = claims
         self._narinfos = narinfos
-        servers = Servers(threads, settings.directories.state)
         self._means = Means(
             reactor, threads, store, claims, lanes or Lanes(), narinfos, servers, fetcher
         )

@@ -8,7 +8,7 @@ came first count.  When the last client leaves, it is given up.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -248,7 +248,9 @@ class Substitution:
 
     def _places(self, sources: Any) -> Iterator[Place]:
         for source in sources:
-            yield from places(source, supported())
+            nearest = self._means.servers.nearest(source.server)
+            for place in places(source, supported()):
+                yield replace(place, nearest=max(place.nearest, nearest))
 
     async def _take_in(self, place: Place) -> None:
         """Make the item valid from PLACE.

@@ -17,6 +17,7 @@ from guixd.interfaces import IFetcher
 from guixd.net.channel import Channel
 from guixd.net.helpers import Death
 from guixd.net.proxies import Proxies
+from guixd.net.reach import Reach
 from guixd.net.requests import LONGEST_BODY, Answer, Fetched, Head, Request
 from guixd.net.spawning import StartedFetcher
 
@@ -51,11 +52,13 @@ class _Lookup:
         fields: Mapping[str, str],
         verify: bool,
         answered: Callable[[int, Answer], None],
+        nearest: Reach,
     ) -> None:
         self.done: Deferred[None]
         self.open = dict(enumerate(urls))
         self.fields = dict(fields)
         self.verify = verify
+        self.nearest = nearest
         self.answered = answered
         self.tries = 0
         self.parts: dict[int, list[bytes]] = {}
@@ -171,15 +174,17 @@ class Fetcher:
         *,
         fields: Mapping[str, str] | None = None,
         verify: bool = False,
+        nearest: Reach = Reach.LOOPBACK,
     ) -> Deferred[None]:
         """Ask for URLS, whose bodies are short; ANSWERED gets the index of each with its answer.
 
         :param fields: header fields of the requests.
+        :param nearest: what the servers must not be nearer than.
         :return: a Deferred that fires when all are answered; cancelling it gives up.
         """
         if not urls:
             return succeed(None)
-        job = _Lookup(urls, fields or {}, verify, answered)
+        job = _Lookup(urls, fields or {}, verify, answered, nearest)
         try:
             number = self._begin(job)
         except (OSError, FetchError) as error:
@@ -222,7 +227,8 @@ class Fetcher:
             ):
                 end += 1
             urls = [job.open[index] for index in indices[begin:end]]
-            self._channel.send(["lookup", number, indices[begin], urls, job.fields, job.verify])
+            asked = (urls, job.fields, job.verify, job.nearest)
+            self._channel.send(["lookup", number, indices[begin], *asked])
             begin = end
 
     def _cancel(self, number: int) -> None:

@@ -3,7 +3,7 @@
 It serves the daemon over a `channel`.  Requests:
     ["proxies", http, https, exceptions]    once, first
     ["fetch", id, request]                  with the pipe that gets the body, maybe a file with it
-    ["lookup", id, first, urls, fields, verify]
+    ["lookup", id, first, urls, fields, verify, nearest]
     ["cancel", id]
     ["ping"]
 Answers:
@@ -54,6 +54,7 @@ from guixd.net.confinement import confine
 from guixd.net.connections import Connections
 from guixd.net.lookups import Lookups
 from guixd.net.proxies import Proxies
+from guixd.net.reach import Reach
 from guixd.net.requests import Answer, Fetched, Head, Request
 from guixd.net.transfers import Transfer
 
@@ -178,7 +179,13 @@ class Server:
         running.addBoth(ended)
 
     def _lookup(
-        self, number: int, first: int, urls: list[str], fields: dict[str, str], verify: bool
+        self,
+        number: int,
+        first: int,
+        urls: list[str],
+        fields: dict[str, str],
+        verify: bool,
+        nearest: int,
     ) -> None:
         def answered(index: int, answer: Answer) -> None:
             body = answer.body
@@ -189,5 +196,5 @@ class Server:
                 if not body:
                     return
 
-        give_up = self._lookups.ask(urls, fields, verify, answered)
+        give_up = self._lookups.ask(urls, fields, verify, answered, Reach(nearest))
         self._jobs.setdefault(number, []).append(give_up)

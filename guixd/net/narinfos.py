@@ -37,6 +37,8 @@ TTL_ERROR = 60
 LONGEST_TTL = 7 * 24 * 3600
 DOWN = 60.0
 """Seconds for which a server that could not be reached is left alone."""
+MOST_DOWN = 1000
+"""How many of those are remembered."""
 MOST_KEPT = 48 << 20
 """Bytes of narinfos in memory, more or less."""
 _COST = 512
@@ -253,7 +255,8 @@ class Narinfos:
             if entry is not None:
                 to_keep[path.hash_part] = entry
 
-        self._down.pop(_host(server), None)
+        for key in (_host(server), server):
+            self._down.pop(key, None)
         await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
         if to_keep and is_web(server):  # files are near enough
             await self._threads(self._files.write, server, to_keep)
@@ -308,11 +311,18 @@ class Narinfos:
         if self._why_down(server):
             return
         _log.warn("substitute server {host}: {reason}", host=_host(server), reason=reason)
-        self._down[_host(server)] = self._clock.seconds() + DOWN, reason
+        if len(self._down) >= MOST_DOWN:
+            del self._down[next(iter(self._down))]
+        # What may not be reached by this name may be by another.
+        key = server if kind == "address" else _host(server)
+        self._down[key] = self._clock.seconds() + DOWN, reason
 
     def _why_down(self, server: str) -> str:
-        until, reason = self._down.get(_host(server), (0.0, ""))
-        return reason if until > self._clock.seconds() else ""
+        for key in (_host(server), server):
+            until, reason = self._down.get(key, (0.0, ""))
+            if until > self._clock.seconds():
+                return reason
+        return ""
 
 
 def _offer(authorised: Narinfo, said: Iterable[Source]) -> Offer:

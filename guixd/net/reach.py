@@ -39,7 +39,7 @@ class Reach(IntEnum):
 FARTHEST = Reach.PRIVATE
 """From where all is as good as from farther away, if a server leads there."""
 _CALLED = {
-    Reach.LOOPBACK: "this machine's own",
+    Reach.LOOPBACK: "an address of this machine",
     Reach.LINK: "an address of the local link",
     Reach.PRIVATE: "a private address",
 }
@@ -98,7 +98,7 @@ def check(reach: Reach, nearest: Reach, name: str) -> None:
     :raises FetchError: it is nearer than NEAREST (kind `address`).
     """
     if reach < nearest:
-        raise FetchError("address", f"{name} is {_CALLED[reach]}, where nothing is asked")
+        raise FetchError("address", f"{name} is {_CALLED[reach]}, which is not connected to")
 
 
 def beyond(reactor: Any, nearest: Reach) -> Any:

@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from guixd.errors import FetchError
+from guixd.net.reach import Reach
 from guixd.net.requests import Fetched, Head, Request
 
 PIPE = 1 << 20
@@ -46,6 +47,7 @@ class FetcherLike(Protocol):
         *,
         fields: Any = None,
         verify: bool = False,
+        nearest: Reach = Reach.LOOPBACK,
     ) -> Deferred[None]: ...
 
     def stop(self) -> Deferred[None]: ...

@@ -51,6 +51,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("disable-store-optimization", alias_of="disable-deduplication"),
     Option("impersonate-linux-2.6", help="pretend to be an old kernel to builds"),
     Option("isolate-host-loopback", help="hide the host's loopback from downloading builds"),
+    Option(
+        "refuse-private-hosts",
+        help="download what clients name only from public addresses (guixd only)",
+    ),
     Option("gc-keep-outputs", _optional, "yes|no", "keep outputs of live derivations"),
     Option("gc-keep-derivations", _optional, "yes|no", "keep derivations of live outputs"),
     Option(
@@ -289,6 +293,7 @@ _EFFECTS: dict[str, _Effect] = {
     "disable-deduplication": _flag("deduplicate", False),
     "impersonate-linux-2.6": _flag("impersonate_linux_26", True),
     "isolate-host-loopback": _flag("isolate_host_loopback", True),
+    "refuse-private-hosts": _flag("refuse_private_hosts", True),
     "gc-keep-outputs": _yes_or_no("gc-keep-outputs", "gc_keep_outputs"),
     "gc-keep-derivations": _yes_or_no("gc-keep-derivations", "gc_keep_derivations"),
     "listen": _listen,

@@ -21,6 +21,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     # Not needed to answer the first greeting.
     from guixd.build.claims import Claims
     from guixd.build.directories import Lookups
+    from guixd.build.servers import Servers
     from guixd.build.substitutes import Substitutes
     from guixd.net.judging import Judge
     from guixd.net.narinfos import Narinfos
@@ -28,10 +29,11 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     cache = environ.get("XDG_CACHE_HOME")
     state = store.directories.state
     directory = f"{cache}/guix/substitute" if cache else f"{state}/substitute/cache"
+    servers = Servers(daemon.threads, daemon.settings)
     narinfos = Narinfos(
         daemon.reactor,
         daemon.threads,
-        Lookups(daemon.threads, daemon.fetcher),
+        Lookups(daemon.threads, daemon.fetcher, servers.nearest),
         store.directory,
         directory,
         Judge(daemon.acl),
@@ -39,10 +41,10 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     return Substitutes(
         daemon.reactor,
         daemon.threads,
-        daemon.settings,
         store,
         Claims(),
         narinfos,
+        servers,
         daemon.fetcher,
     )
 
