@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-import prctl
-
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import UserNamespace
 from guixd.uplink import devices, filter
@@ -110,7 +108,7 @@ def _detach(orders: int) -> None:
         os.dup2(null, descriptor)
     kernel.close_range(_OWN_DESCRIPTORS_END, orders - 1)
     kernel.close_range(orders + 1)
-    prctl.set_name(WAITING)
+    kernel.write_file("/proc/self/comm", WAITING)
 
 
 def _keyring() -> None:
@@ -125,7 +123,7 @@ def _out_of_memory() -> None:
 
 def _die_with_zygote() -> None:
     """Die with the zygote.  To be repeated after each change of ids, which undoes it."""
-    prctl.set_pdeathsig(signal.SIGKILL)
+    kernel.die_with_parent(signal.SIGKILL)
     if is_dead(ZYGOTE):
         os._exit(1)
 

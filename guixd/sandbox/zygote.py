@@ -45,7 +45,8 @@ from guixd.uplink.devices import move
 
 _Kind = str | UserNamespace
 """What processes forked ahead differ in: "plain", "container", or a user namespace."""
-_MOST_WAITING = 4
+_FEWEST_WAITING = 2
+_MOST_WAITING = 5
 _NOBODY = 0xFFFFFFFD - os.getpid()
 """A user id that is given to nobody; another for each daemon, or they would kill each other."""
 LARGEST_PACKET = 4096
@@ -117,8 +118,7 @@ class _Zygote:
         poll.register(self._wake, select.POLLIN)
         poll.register(self._mounts, select.POLLPRI)
         while True:
-            wanted = min(_MOST_WAITING, max(1, len(self._pids)))
-            spare = self._kind is not None and len(self._waiting) < wanted
+            spare = self._kind is not None and len(self._waiting) < _FEWEST_WAITING
             events = dict(poll.poll(0 if spare else None))
             if self._mounts in events:
                 self._dismiss()  # They would not see what is mounted now.
@@ -180,10 +180,14 @@ class _Zygote:
         return 0
 
     def _fork_ahead(self) -> None:
+        """Fork several at once, as each page that is touched after a fork must be copied."""
         kind, self._kind = self._kind, None
         assert kind is not None
         with suppress(OSError):  # The next build tells.
-            self._children[self._fork(kind)] = _Child(0, kind)
+            while len(self._waiting) < _MOST_WAITING:
+                self._children[self._fork(kind)] = _Child(0, kind)
+                if isinstance(kind, UserNamespace):  # That takes long.
+                    break
             self._kind = kind
 
     def _dismiss(self) -> None:
