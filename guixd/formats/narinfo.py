@@ -16,6 +16,8 @@ from guixd.formats.path import HASH_LENGTH, StoreDirectory, StorePath, check_nam
 
 MOST_BYTES = 1 << 20
 """Bytes of the longest narinfo that is read."""
+MOST_LINES = 1000
+"""Lines of the longest narinfo, where each field has one."""
 MOST_DOWNLOADS = 32
 """How many places of one narinfo are kept."""
 LONGEST_NAME = 211
@@ -142,7 +144,9 @@ def _record(data: bytes) -> bytes:
 
 
 def _fields(data: bytes) -> list[tuple[str, str]]:
-    fields: list[tuple[str, str]] = []
+    if data.count(b"\n") > MOST_LINES:
+        raise BadNarinfo("a narinfo with too many lines")
+    fields: list[tuple[str, list[str]]] = []
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -153,14 +157,13 @@ def _fields(data: bytes) -> list[tuple[str, str]]:
         if line[0] == "+":
             if not fields:
                 raise BadNarinfo("a continuation of nothing")
-            name, value = fields[-1]
-            fields[-1] = name, f"{value}\n{line[1:].removeprefix(' ')}"
+            fields[-1][1].append(line[1:].removeprefix(" "))
             continue
         match = _LINE.match(line)
         if match is None:
             raise BadNarinfo(f"'{line[:80]}' is not a field")
-        fields.append((match[1], match[2].strip(" \t\r")))
-    return fields
+        fields.append((match[1], [match[2].strip(" \t\r")]))
+    return [(name, "\n".join(parts)) for name, parts in fields]
 
 
 def _single(name: str, fields: Iterable[tuple[str, str]]) -> str:

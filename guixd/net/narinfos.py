@@ -46,6 +46,9 @@ _COST = 512
 _AT_ONCE = 256
 """How many answers are read from files in one step of a thread."""
 
+_LONG = 16 << 10
+"""Bytes of an answer that takes too long to be read in the reactor's thread."""
+
 Tell = Callable[[str], object]
 """Gets a line for the user."""
 Threads = Callable[..., Deferred[Any]]
@@ -220,16 +223,9 @@ class Narinfos:
         try:
             for start in range(0, len(paths), _AT_ONCE):
                 part = paths[start : start + _AT_ONCE]
-                names = [path.hash_part for path in part]
-                files = await self._threads(self._files.read, server, names)
-                now = self._wall()
-                for path in part:
-                    entry = files.get(path.hash_part)
-                    if entry is not None and entry.expiry > now >= entry.date - TTL_FOUND:
-                        known = self._read(entry.value, path)
-                        if known is not None or entry.value is None:
-                            self._settle(server, path, known, entry.expiry, len(entry.value or b""))
-                            del left[path]
+                for path, (entry, known) in (await self._threads(self._load, server, part)).items():
+                    self._settle(server, path, known, entry.expiry, len(entry.value or b""))
+                    del left[path]
             if left and not self._why_down(server):
                 await self._look_up(server, left)
         finally:
@@ -239,37 +235,67 @@ class Narinfos:
             self._tidied = True
             await self._threads(self._files.tidy, int(self._wall()))
 
+    def _load(
+        self, server: str, paths: Sequence[StorePath]
+    ) -> dict[StorePath, tuple[CacheEntry, Narinfo | None]]:
+        """Return what files say of PATHS and still holds; blocks."""
+        files = self._files.read(server, [path.hash_part for path in paths])
+        now = self._wall()
+        found = {}
+        for path in paths:
+            entry = files.get(path.hash_part)
+            if entry is not None and entry.expiry > now >= entry.date - TTL_FOUND:
+                known = self._read(entry.value, path)
+                if known is not None or entry.value is None:
+                    found[path] = entry, known
+        return found
+
     async def _look_up(self, server: str, left: dict[StorePath, None]) -> None:
         """Ask SERVER for all that is LEFT, and take what it answers out of it."""
         paths = list(left)
         base = server.rstrip("/")
         to_keep: dict[str, CacheEntry] = {}
+        reading: list[Deferred[None]] = []
+
+        def take(path: StorePath, answer: Answer, found: Narinfo | None) -> None:
+            del left[path]
+            entry = self._judge_answer(server, path, answer, found)
+            if entry is not None:
+                to_keep[path.hash_part] = entry
+
+        async def take_long(path: StorePath, answer: Answer) -> None:
+            take(path, answer, await self._threads(self._read, answer.body, path))
 
         def answered(index: int, answer: Answer) -> None:
             path = paths[index]
             if not answer.status:
                 self._failed(server, answer.kind, answer.body.decode("utf-8", "replace"))
                 return
-            del left[path]
-            entry = self._judge_answer(server, path, answer)
-            if entry is not None:
-                to_keep[path.hash_part] = entry
+            if answer.status != 200:
+                take(path, answer, None)
+            elif len(answer.body) < _LONG:
+                take(path, answer, self._read(answer.body, path))
+            else:
+                reading.append(Deferred.fromCoroutine(take_long(path, answer)))
 
         for key in (_host(server), server):
             self._down.pop(key, None)
         await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
+        for each in reading:
+            await each
         if to_keep and is_web(server):  # files are near enough
             await self._threads(self._files.write, server, to_keep)
 
-    def _judge_answer(self, server: str, path: StorePath, answer: Answer) -> CacheEntry | None:
-        """Settle what is known of PATH now; return what can be kept in a file."""
+    def _judge_answer(
+        self, server: str, path: StorePath, answer: Answer, found: Narinfo | None
+    ) -> CacheEntry | None:
+        """Settle what is FOUND to be known of PATH now; return what can be kept in a file."""
         ttl = TTL_ERROR
         if answer.status in (200, 404, 202):
             ttl = TTL_FOUND if answer.status == 200 else TTL_ABSENT
             if answer.max_age is not None:
                 ttl = min(max(answer.max_age, 0), LONGEST_TTL)
         body = answer.body if answer.status == 200 else None
-        found = self._read(body, path)
         if found is None and body is not None:
             # Garbage, or about something else: not to be found by others who read our files.
             self._settle(server, path, None, self._wall() + min(ttl, TTL_ERROR), 0)

@@ -107,6 +107,17 @@ class Records(SynchronousTestCase):
         self.refused("no field\n" + SIGNED)
         self.assertRaises(BadNarinfo, parse, b"X: \xff\n" + SIGNED.encode(), STORE)
 
+    def test_very_many_lines(self) -> None:
+        """What would take long to be read is refused at once; one long value is not."""
+        for line in ("a: b\n", "+\n", "URL: x\n", "#\n"):
+            self.refused(SIGNED + TAIL + line * 1000)
+            self.refused(line * 1001 + SIGNED)
+        many = " ".join(f"{'c' * 32}-{number}" for number in range(20_000))
+        found = read(SIGNED.replace("References: ", f"References: {many}") + TAIL)
+        self.assertEqual(len(found.references), 20_000)
+        found = read(SIGNED.replace("References: ", f"References:\n+ {OTHER}\n+{GOOD}") + TAIL)
+        self.assertEqual(found.references, {f"/gnu/store/{OTHER}", f"/gnu/store/{GOOD}"})
+
     def test_notation(self) -> None:
         """Comments, continuations and empty lines before; the end at an empty line."""
         found = read("\n\n# hello\nPriority: 3\n+ more\n" + SIGNED + TAIL + "\nStorePath: x\n")

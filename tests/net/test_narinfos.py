@@ -68,10 +68,10 @@ class NarinfosTests(SynchronousTestCase):
         self.clock = Clock()
         self.narinfos = self.make()
 
-    def make(self) -> Narinfos:
+    def make(self, threads: Callable[..., Deferred[Any]] = maybeDeferred) -> Narinfos:
         return Narinfos(
             self.clock,
-            lambda function, *args: maybeDeferred(function, *args),
+            threads,
             self.lookups,
             STORE,
             self.directory,
@@ -131,6 +131,29 @@ class NarinfosTests(SynchronousTestCase):
         self.assertEqual(self.lookups.asked, [f"{SERVER}/{path('b').hash_part}.narinfo"])
         self.assertEqual(sorted(os.listdir(directory)), ["a" * 32, "b" * 32])
         self.assertIn("#f", (directory / path("b").hash_part).read_text())
+
+    def test_long_ones(self) -> None:
+        """U8: what takes long to be read is read in a thread, while others are answered."""
+        item, other = self.serve("a"), self.serve("b")
+        many = " ".join(path(letter).base for letter in "cdfgh") + " " * (64 << 10)
+        url = f"{SERVER}/{item.hash_part}.narinfo"
+        self.lookups.known[url] = Answer(200, text(item, many), None)
+        held: list[Callable[[], None]] = []
+
+        def threads(function: Callable[..., Any], *arguments: Any) -> Deferred[Any]:
+            done: Deferred[Any] = maybeDeferred(function, *arguments)
+            if function.__name__ == "_read":
+                done.pause()
+                held.append(done.unpause)
+            return done
+
+        self.narinfos = self.make(threads)
+        found = [Deferred.fromCoroutine(self.narinfos.find([p], [SERVER])) for p in (item, other)]
+        self.assertNoResult(found[0])
+        self.assertEqual(set(self.successResultOf(found[1])), {other})
+        held[0]()
+        self.assertEqual(len(self.successResultOf(found[0])[item].narinfo.references), 5)
+        self.assertEqual(len(held), 1)
 
     def test_another_item(self) -> None:
         """U8: an answer about something else is none, and is not kept in a file."""
