@@ -76,8 +76,8 @@ class Settings:
     build_limits: BuildLimits = BuildLimits()
     min_free_disk: int = 0
     """Bytes that must be free for a build to begin."""
-    stop_timeout: int = 0
-    """How long running builds may go on when the daemon is told to stop."""
+    stop_timeout: int = 3
+    """How long what is at work may go on when the daemon is told to stop."""
     rounds: int = 1
     use_substitutes: bool = True
     substitute_urls: tuple[str, ...] = DEFAULT_SUBSTITUTE_URLS

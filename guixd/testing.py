@@ -62,11 +62,12 @@ class TemporaryDaemon:
         :param builder: what builds, or what makes it.
         :param environ: the daemon's environment, where proxies are; by default an empty one.
         :param options: fields of `Settings`; other than there, no server is asked for
-            substitutes by default.
+            substitutes by default, and work ends at once with the daemon.
         """
         self._reactor = reactor
         options.setdefault("durable", False)  # it costs time on a busy disk
         options.setdefault("substitute_urls", ())
+        options.setdefault("stop_timeout", 0)
         settings = Settings(directories=directories_below(directory), **options)
         factory: Any = builder if callable(builder) else lambda _daemon, _store: builder
         self.service = GuixdService(reactor, settings, builder=factory, environ=environ or {})
