@@ -179,6 +179,11 @@ class Connection:
         """Disconnect at once, cancelling the work; `closed` is called when it is over."""
         self._close()
 
+    def give_up(self) -> None:
+        """Cancel the work, if there is any; the client is told that it failed."""
+        if self._work is not None:
+            self._work.cancel()
+
     def was_idle(self) -> bool:
         """Whether there has been no request since this was asked last."""
         idle = self._quiet and self._state in (_READY, _GREETING) and not self._out
@@ -391,7 +396,7 @@ class Connection:
         if isinstance(error, GuixdError):
             text, status = error.text, error.status
         elif isinstance(error, CancelledError):
-            text, status = "the daemon gave the operation up", 1
+            text, status = "the build daemon is stopping; try again when it is back", 1
         elif isinstance(error, MemoryError):
             text, status = "out of memory", 1
         else:

@@ -272,6 +272,8 @@ class Daemon:
         if self._drain.given_up:
             for session in self._working():
                 session.log.log(Level.ERROR, f"{STOPPING}, and gives up what still runs")
+                session.connection.give_up()
+            await deferLater(self.reactor, 0)  # so that clients are told before they are left
 
     def _working(self) -> list[Session]:
         return [session for session in self.sessions if session.log.working]
