@@ -7,12 +7,15 @@ import platform
 import select
 import signal
 import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor as installed
 from twisted.internet.defer import CancelledError
+from twisted.internet.protocol import DatagramProtocol
 from twisted.trial.unittest import TestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
@@ -21,6 +24,7 @@ import guixd.build.zygote
 from guixd.build.launcher import BuilderProcess
 from guixd.build.uplink import connect
 from guixd.errors import SandboxError
+from guixd.sandbox import kernel
 from guixd.sandbox.spec import SandboxSpec
 from guixd.uplink.devices import DEVICE
 from tests.build.test_limits import control_groups
@@ -38,6 +42,44 @@ reactor: Any = installed
 _SPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 
 
+_OTHER_MACHINE = (
+    "import os; from guixd.sandbox import kernel; from guixd.uplink import devices; "
+    "kernel.unshare(kernel.NEWNS | kernel.NEWNET); devices.bring_up_loopback(); "
+    "kernel.mount('none', '/', '', kernel.MS_REC | kernel.MS_PRIVATE); "
+    "kernel.mount('{resolver}', os.path.realpath('/etc/resolv.conf'), '', kernel.MS_BIND); "
+)
+"""A network and a name server of its own for a zygote and all that it starts."""
+
+
+def name_socket(pid: int) -> socket.socket:
+    """Return the socket of a name server in the network of the process PID."""
+
+    def make() -> socket.socket:
+        with Path(f"/proc/{pid}/ns/net").open() as space:
+            kernel.setns(space.fileno(), kernel.NEWNET)
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind(("127.0.0.1", 53))
+        server.setblocking(False)
+        return server
+
+    with ThreadPoolExecutor(1) as thread:  # which is over then: it stays in that network
+        return thread.submit(make).result()
+
+
+class Names(DatagramProtocol):
+    """A name server for which all names are those of 203.0.113.7."""
+
+    asked = b""
+
+    def datagramReceived(self, datagram: bytes, addr: tuple[str, int]) -> None:
+        self.asked += datagram
+        answer = b"\xc0\x0c" + struct.pack("!HHIH4B", 1, 1, 60, 4, 203, 0, 113, 7)
+        is_address = datagram[12:].partition(b"\0")[2][:2] == b"\0\x01"
+        head = datagram[:2] + struct.pack("!HHHHH", 0x8180, 1, is_address, 0, 0)
+        assert self.transport is not None
+        self.transport.write(head + datagram[12:] + answer * is_address, addr)
+
+
 class Page(Resource):
     """What is fetched."""
 
@@ -52,6 +94,7 @@ class _Connected:
 
     mode = ""
     own_spaces: set[str] = set()
+    timeout = 60
 
     def setUp(self) -> None:
         assert isinstance(self, TestCase)
@@ -272,6 +315,23 @@ class BuildUserTests(_Connected, TestCase):
     def uid(self) -> int:
         assert self.place.user is not None
         return self.place.user.uid
+
+    async def test_names(self) -> None:
+        """X29: the name server of a build asks that of the machine."""
+        resolver = temporary_directory(self, world_readable=True) + "/resolv.conf"
+        Path(resolver).write_text("nameserver 127.0.0.1\n")
+        machine = _OTHER_MACHINE.format(resolver=resolver)
+        boot = guixd.build.zygote._BOOT.replace("main(int", machine + "main(int", 1)
+        self.patch(guixd.build.zygote, "_BOOT", boot)
+        await self.place.run("true")
+        names = Names()
+        with name_socket(self.place.launcher.zygote_pid) as server:
+            port = reactor.adoptDatagramPort(server.fileno(), socket.AF_INET, names)
+        self.addCleanup(port.stopListening)
+        seen = await self.run_connected("$b nslookup probe.example")
+        self.assertIn("203.0.113.7", seen.text)
+        self.assertIn("10.0.2.3", seen.text)
+        self.assertIn(b"probe\x07example", names.asked)
 
     async def test_group(self) -> None:
         """X29: who moves the packets of a build has a part in its limits."""
