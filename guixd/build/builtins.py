@@ -16,7 +16,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from guixd.build.download import Download, DownloadTools
+from guixd.build.download import Download
+from guixd.build.downloadtools import DownloadTools
 from guixd.build.job import Job
 from guixd.build.outputs import Known
 from guixd.build.results import BuildFailure, Status

@@ -6,9 +6,9 @@ A place whose file has another hash is no better than one that does not answer.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
+from guixd.build.disarchive import Disarchive
 from guixd.build.downloadinputs import (
     Inputs,
     Refused,
@@ -19,18 +19,18 @@ from guixd.build.downloadinputs import (
     read_beneath,
     read_inputs,
     resolve,
+    strings,
 )
+from guixd.build.downloadtools import DownloadTools
 from guixd.build.draft import Draft
 from guixd.build.job import Job
 from guixd.build.mirrorcode import BadMirrors, urls
 from guixd.build.outputs import Known
-from guixd.build.threads import Threads
 from guixd.errors import FetchError
 from guixd.formats.hashes import to_base32
-from guixd.formats.path import StoreDirectory, StorePath
+from guixd.formats.path import StorePath
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
-from guixd.net.reach import Reach
-from guixd.net.receiving import FetcherLike, receive
+from guixd.net.receiving import receive
 from guixd.net.requests import RESUMPTIONS, SCHEMES, Head, Request
 
 ARCHIVE = "https://web.archive.org/web/20260101000000/"
@@ -42,22 +42,6 @@ _BROKEN = ("body", "timeout")
 _TRIES = 3
 _KEPT_FREE = 8 << 20
 """Bytes that a download must leave free."""
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadTools:
-    """What all downloads use.
-
-    :ivar is_valid: whether a path is a valid item of the store.
-    :ivar nearest: what the places that derivations name must not be nearer than.
-    """
-
-    reactor: Any
-    threads: Threads
-    fetcher: FetcherLike
-    store: StoreDirectory
-    is_valid: Callable[[str], bool]
-    nearest: Reach = Reach.LOOPBACK
 
 
 class Download:
@@ -115,18 +99,39 @@ class Download:
         async for url in self._places(inputs):
             if not await self._fetch(draft, inputs, url):
                 continue
-            actual = await self._tools.threads(draft.finish)
-            if draft.measured is not None:
-                self.known = {inputs.output.path: Known(draft.measured, actual)}
-            else:
-                self.known = {}
-            if actual == inputs.output.digest():
+            if await self._is_right(draft, inputs, f"'{masked(url)}' has"):
                 return True
             wrong = True
-            self._say(f"'{masked(url)}' has another file, with hash {to_base32(actual)}\n")
+        if await self._rebuild(draft, inputs):
+            if await self._is_right(draft, inputs, "Disarchive has made"):
+                return True
+            wrong = True
         if not wrong:
             self._say(f"failed to download '{inputs.output.path}' from any of the places\n")
         return wrong
+
+    async def _is_right(self, draft: Draft, inputs: Inputs, who: str) -> bool:
+        """Make DRAFT the output; return whether it has the right hash."""
+        actual = await self._tools.threads(draft.finish)
+        if draft.measured is not None:
+            self.known = {inputs.output.path: Known(draft.measured, actual)}
+        else:
+            self.known = {}
+        if actual == inputs.output.digest():
+            return True
+        self._say(f"{who} another file, with hash {to_base32(actual)}\n")
+        return False
+
+    async def _rebuild(self, draft: Draft, inputs: Inputs) -> bool:
+        """Let Disarchive rebuild the file, if that is wanted; return whether there is one."""
+        name = "disarchive-mirrors"
+        if "disarchive" not in inputs.methods or name not in inputs.files:
+            return False
+        if inputs.output.is_recursive:
+            return False  # Servers do not know such hashes.
+        mirrors = strings(datum(await self._read(inputs, name), name), name)
+        disarchive = Disarchive(self._tools, self._job.path, self._say)
+        return await disarchive.rebuild(inputs.output, mirrors, draft)
 
     async def _check_files(self, inputs: Inputs) -> None:
         """Refuse lists of mirrors that are not in the store, even if none will be needed."""
@@ -161,8 +166,6 @@ class Download:
         first = first or inputs.urls[0]
         if "internet-archive" in inputs.methods and first.startswith(("http://", "https://")):
             yield ARCHIVE + without_password(first)
-        if "disarchive" in inputs.methods and inputs.files.get("disarchive-mirrors"):
-            self._say("not trying Disarchive, which is not supported\n")
 
     async def _content_addressed(self, inputs: Inputs) -> list[str]:
         name = "content-addressed-mirrors"

@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 from guixd.build import substitution
 from guixd.build.available import Available, Search
+from guixd.build.boxes import Boxes
 from guixd.build.broadcast import Observer
 from guixd.build.builder import Launcher
 from guixd.build.builtins import Builtins
@@ -24,7 +25,7 @@ from guixd.build.claims import Claims
 from guixd.build.container import Host
 from guixd.build.contents import is_intact
 from guixd.build.diskspace import DiskSpace
-from guixd.build.download import DownloadTools
+from guixd.build.downloadtools import DownloadTools
 from guixd.build.durations import Durations
 from guixd.build.goals import Past, RequestRun
 from guixd.build.plan import Goal, Planner
@@ -72,11 +73,14 @@ class Engine:
         substitutes: Substitutes | None = None,
     ) -> None:
         self._users = users or pool_of(settings, reactor)
-        builtins = None
+        builtins, host = None, Host.current()
         if fetcher is not None:
             is_valid = store.database.is_valid
             nearest = Reach.WORLD if settings.refuse_private_hosts else Reach.LOOPBACK
-            tools = DownloadTools(reactor, threads, fetcher, store.directory, is_valid, nearest)
+            boxes = Boxes(launcher, self._users, threads, settings.directories.temporary, host)
+            tools = DownloadTools(
+                reactor, threads, fetcher, store.directory, is_valid, nearest, boxes
+            )
             builtins = Builtins(reactor, tools)
         self._workshop = Workshop(
             reactor,
@@ -85,7 +89,7 @@ class Engine:
             store,
             launcher,
             self._users,
-            Host.current(),
+            host,
             builtins,
             _cgroups_of(settings.build_limits),
         )

@@ -156,8 +156,9 @@ def enter(order: Mapping[str, Any], more: int = 0) -> str:
             print(f"error: cannot confine Git: {error}", flush=True)
             sys.exit(1)
     else:
-        program = order["git"] and os.path.realpath(order["git"])
-        _enter_box(where, os.path.dirname(os.path.dirname(program)))
+        names = [name for name in (order["git"], order.get("assembler")) if name]
+        programs = [os.path.dirname(os.path.dirname(os.path.realpath(name))) for name in names]
+        _enter_box(where, programs)
         where = WORK
     os.chdir(where)
     _set(_PR_SET_NO_NEW_PRIVS, 1)
@@ -173,7 +174,7 @@ def _enter_namespaces(more: int) -> None:
     kernel.write_file("/proc/self/gid_map", f"{gid} {gid} 1")
 
 
-def _enter_box(where: str, programs: str) -> None:
+def _enter_box(where: str, programs: Sequence[str]) -> None:
     """Go on in a new process in the box; this one waits for that and ends like it."""
     child = os.fork()
     if child:
@@ -182,7 +183,7 @@ def _enter_box(where: str, programs: str) -> None:
     _set(_PR_SET_PDEATHSIG, signal.SIGKILL)
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     working = os.open(where, os.O_PATH | os.O_DIRECTORY)
-    shown = {name: os.open(name, os.O_PATH) for name in (*_SHOWN, programs) if _is_plain(name)}
+    shown = {name: os.open(name, os.O_PATH) for name in (*_SHOWN, *programs) if _is_plain(name)}
     links = {name: os.readlink(name) for name in _SHOWN if os.path.islink(name)}
     new = "/tmp"
     kernel.mount("guixd-git", new, "tmpfs", 0, "mode=755,size=1m")

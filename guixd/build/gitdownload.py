@@ -99,7 +99,7 @@ def plan_unpacking(
 ) -> SandboxSpec:
     """Return how the file ARCHIVE in DIRECTORY becomes the output of JOB; see `plan_checkout`."""
     order = {**_order(read_commit(job.drv), job.drv, user, host.environment), "archive": archive}
-    return _spec(order, (gitbox, treebox), user, directory)
+    return in_box(order, (gitbox, treebox), user, directory)
 
 
 def _plan(
@@ -112,7 +112,7 @@ def _plan(
     order = _order(commit, drv, user, environ)
     if "upstream" not in commit.methods:
         order["git"] = ""
-    return _spec(order, (gitbox,), user, directory)
+    return in_box(order, (gitbox,), user, directory)
 
 
 def _order(
@@ -135,7 +135,7 @@ def _order(
     }
 
 
-def _spec(
+def in_box(
     order: Mapping[str, object],
     programs: Iterable[ModuleType],
     user: BuildUser | None,

@@ -6,7 +6,6 @@ First servers are asked for the archive of the tree, then Software Heritage.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ProcessDone
 from twisted.python.failure import Failure
 
-from guixd.build.download import DownloadTools
+from guixd.build.downloadtools import DownloadTools
 from guixd.build.gitdownload import Commit, read_commit
 from guixd.build.heritage import Heritage, NotArchived
 from guixd.build.job import Job
@@ -23,7 +22,6 @@ from guixd.build.verdicts import timed_out
 from guixd.errors import FetchError
 
 _T = TypeVar("_T")
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class GitFallback:
@@ -118,27 +116,15 @@ class GitFallback:
         It is empty if there is none.
         """
         heritage = Heritage(self._tools, self._say)
-        name = f"archive-{secrets.token_hex(8)}"
         self._say("trying Software Heritage\n")
         try:
-            directory = await heritage.find(self._output, commit.url, commit.commit)
-            url = await heritage.cook(directory)
-            file = self._create(name)
+            found = await heritage.find(self._output, commit.url, commit.commit)
+            url = await heritage.cook(found)
+            directory = self._open_build()
             try:
-                await heritage.save(url, file)
+                return await heritage.save(url, directory)
             finally:
-                os.close(file)
+                os.close(directory)
         except (NotArchived, FetchError, OSError) as error:
             self._say(f"error: {error}\n")
             return ""
-        return name
-
-    def _create(self, name: str) -> int:
-        """Return a new file in the build directory, which its owner can read."""
-        directory = self._open_build()
-        try:
-            file = os.open(name, _CREATE, 0o600, dir_fd=directory)
-        finally:
-            os.close(directory)
-        os.fchmod(file, 0o644)
-        return file

@@ -10,17 +10,19 @@ import base64
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from twisted.internet.task import deferLater
 
-from guixd.build.download import DownloadTools
+from guixd.build.downloadtools import DownloadTools
 from guixd.errors import FetchError
 from guixd.formats.derivation import Output
+from guixd.net.reach import FARTHEST, reach_of_host
 from guixd.net.receiving import receive
 from guixd.net.requests import LONGEST_BODY, RESUMPTIONS, Request
 
@@ -34,6 +36,7 @@ _ID = re.compile(r"[0-9a-f]{40}\Z")
 _DIRECTORY = "swh:1:dir:"
 _BUSY = (202, 429, 502, 503, 504)
 """HTTP statuses that may be others the next time."""
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT_FREE = 64 << 20
 """Bytes that an archive must leave free."""
 _HOPS = 5
@@ -95,23 +98,34 @@ class Heritage:
             await deferLater(self._tools.reactor, POLL)
             known = await self._ask(url)
 
-    async def save(self, url: str, descriptor: int) -> None:
-        """Write what is at URL to the file DESCRIPTOR.
+    async def save(self, url: str, directory: int) -> str:
+        """Save what is at URL as a new file of the directory DIRECTORY, a descriptor.
 
+        :return: its name; its owner can read it.
         :raises FetchError: it cannot be had.
         :raises OSError: it cannot be written.
         """
         self._say(f"downloading {url}\n")
-        status = os.fstatvfs(descriptor)
-        limit = max(status.f_bavail * status.f_frsize - _KEPT_FREE, 0)
+        name = f"archive-{secrets.token_hex(8)}"
+        descriptor = os.open(name, _CREATE, 0o600, dir_fd=directory)
+        try:
+            os.fchmod(descriptor, 0o644)
+            status = os.fstatvfs(descriptor)
+            limit = max(status.f_bavail * status.f_frsize - _KEPT_FREE, 0)
 
-        def write(block: bytes) -> None:
-            view = memoryview(block)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            def write(block: bytes) -> None:
+                view = memoryview(block)
+                while view:
+                    view = view[os.write(descriptor, view) :]
 
-        request = Request(url, limit=limit, schemes=_SCHEMES, resumptions=RESUMPTIONS)
-        await self._receive(request, write, lambda: _empty(descriptor))
+            nearest = min(reach_of_host(urlsplit(HOST).hostname or ""), FARTHEST)
+            request = Request(
+                url, limit=limit, schemes=_SCHEMES, resumptions=RESUMPTIONS, nearest=nearest
+            )
+            await self._receive(request, write, lambda: _empty(descriptor))
+        finally:
+            os.close(descriptor)
+        return name
 
     # --- which directory ------------------------------------------------------------
 

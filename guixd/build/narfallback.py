@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from guixd.build.download import DownloadTools
+from guixd.build.downloadtools import DownloadTools
 from guixd.errors import BadArchive, FetchError, StoreError
 from guixd.formats import hashes
 from guixd.formats.derivation import Output

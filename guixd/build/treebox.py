@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from guixd.build import gitbox
@@ -28,6 +28,7 @@ DEEPEST = 256
 _MOST_MEMORY = 4 << 30
 _LONGEST_NAME = 255
 _PIECE = 1 << 20
+_TREE = "tree"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -45,12 +46,17 @@ def main(text: str) -> NoReturn:
 
     `archive`, a tar file compressed by gzip in the working directory, whose only directory
     becomes `out`; `git` (the program, may be empty), `environment`, `boxed`, see `gitbox`.
+    With `assembler` (a program) and `specification` (a file) `out` is what it makes of both.
     """
     order: dict[str, Any] = json.loads(text)
     where = gitbox.enter(order, kernel.NEWNET)
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     try:
-        unpack(order["archive"], order["out"])
+        if order.get("assembler"):
+            unpack(order["archive"], _TREE)
+            assemble(order, where)
+        else:
+            unpack(order["archive"], order["out"])
         if order["git"] and _has_attributes(order["out"]):
             apply_attributes(gitbox.Git(order, where))
     except (*_ERRORS, subprocess.CalledProcessError) as error:
@@ -58,6 +64,22 @@ def main(text: str) -> NoReturn:
         shutil.rmtree(order["out"], ignore_errors=True)
         sys.exit(1)
     sys.exit(0)
+
+
+def assemble(order: Mapping[str, Any], where: str) -> None:
+    """Let the assembler make the output of the tree and the specification.
+
+    :raises OSError: or `subprocess.CalledProcessError`: it cannot.
+    """
+    arguments = ("assemble", _TREE, order["specification"], "-o", order["out"])
+    environment = {**order["environment"], "HOME": where, "LC_ALL": "C.UTF-8"}
+    subprocess.run(
+        [order["assembler"], *arguments],
+        check=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _has_attributes(tree: str) -> bool:

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from guixd.build import heritage
-from guixd.build.download import DownloadTools
+from guixd.build.downloadtools import DownloadTools
 from guixd.build.heritage import Heritage, NotArchived
 from guixd.build.threads import inline
 from guixd.client import Client
@@ -25,7 +25,7 @@ from tests.build.test_treebox import TOP, tar_of
 from tests.net.servers import Asked, FetcherCase, Server, answer
 from tests.service.test_git_downloads import GitCase
 from tests.service.world import set_options
-from tests.support import open_files
+from tests.support import open_files, temporary_directory
 
 COMMIT, SNAPSHOT, RELEASE = "c" * 40, "5" * 40, "e" * 40
 DIRECTORY = TOP.rpartition(":")[2]
@@ -196,6 +196,19 @@ class ArchiveTests(FetcherCase):
         self.assertEqual(self.archive.asked.count("POST " + VAULT), 2)
         self.assertIsInstance(await self.cook(failed), NotArchived)
         self.assertEqual(self.archive.asked.count("POST " + VAULT), 2)
+
+    async def test_saving(self) -> None:
+        """What the vault has made is saved as it is; it is not at an address of this machine."""
+        directory = temporary_directory(self)
+        opened = os.open(directory, os.O_RDONLY)
+        self.addCleanup(os.close, opened)
+        self.archive.answers["GET /bundle"] = b"\x1f\x8b as it is"
+        name = await self.client.save(f"{self.archive.url}/bundle", opened)
+        self.assertEqual(Path(directory, name).read_bytes(), b"\x1f\x8b as it is")
+        self.patch(heritage, "HOST", "https://archive.example.org")
+        saving = Deferred.fromCoroutine(self.client.save(f"{self.archive.url}/bundle", opened))
+        self.assertIn("an address of this machine", await self.fails(saving, FetchError))
+        self.assertEqual(len(self.archive.asked), 1)
 
     async def test_senseless_vault(self) -> None:
         for answered in (
