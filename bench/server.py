@@ -27,6 +27,13 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.connection.sendfile(source)
 
 
+class _Listener(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that leave."""
+
+
 class Server:
     """Serves the files in DIRECTORY at `url`.
 
@@ -46,9 +53,7 @@ class Server:
 
 
 def _serve(directory: str, delay: float, answer: Connection) -> None:
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: _Handler(*args, directory=directory)
-    )
+    server = _Listener(("127.0.0.1", 0), lambda *args: _Handler(*args, directory=directory))
     port = server.server_address[1]
     if not delay:
         answer.send(port)
