@@ -75,11 +75,18 @@ class FloodTests(TestCase):
         return digest.hexdigest()
 
     async def test_much(self) -> None:
-        """B29: tens of megabytes, without newlines and of any bytes, are kept and passed on."""
-        world, times = World(self), 30
-        data = random.Random(1).randbytes(MIB).replace(b"\n", b"\0\xff")
-        file = world.file("data", data)
-        drv = world.derive("much", f"cat {' '.join([file] * times)}; echo > $out", sources=[file])
+        """B29: 200 MiB, and what cannot be compressed, without newlines and of any bytes."""
+        random_bytes = random.Random(1).randbytes(MIB).replace(b"\n", b"\0\xff")
+        text = (b"\xfe checking whether the compiler works... yes\x01" * 22_000)[:MIB]
+        world = World(self)
+        for name, data, times in ("much", text, 200), ("random", random_bytes, 12):
+            with self.subTest(name):
+                await self.much(world, name, data, times)
+
+    async def much(self, world: World, name: str, data: bytes, times: int) -> None:
+        """Let a builder write DATA so often, which must be kept and passed on in bounded memory."""
+        file = world.file(name, data)
+        drv = world.derive(name, f"cat {' '.join([file] * times)}; echo > $out", sources=[file])
         client, kept = Digest(), list[int]()
         building = world.build(drv, observer=client)  # type: ignore[arg-type]
         broadcast = world.engine._builds[drv]._broadcast
