@@ -9,12 +9,15 @@ from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build import diskspace, engine
 from guixd.build.cgroups import Cgroups, Group, Place, Unavailable, own_place
+from guixd.build.threads import inline
 from guixd.errors import BuildError
 from guixd.settings import BuildLimits
+from tests.build.fakes import FakeLauncher
 from tests.build.graph import Recorder, World
 from tests.build.test_goals import Fake
 from tests.support import is_root, requires, temporary_directory
@@ -168,6 +171,38 @@ class RealTests(TestCase):
         drv = world.derive("a", "cat /proc/self/cgroup > $out")
         await world.build(drv)
         self.assertIn("0::/\n", Path(world.output(drv)).read_text())
+
+
+class VerdictTests(SynchronousTestCase):
+    """Builders that met a limit, with a directory that stands for the kernel's groups."""
+
+    def test_out_of_memory(self) -> None:
+        """B2, B28: no failure for good: the derivation is not to blame, and nothing is kept."""
+        top = Path(temporary_directory(self))
+        (top / "cgroup.controllers").write_text("memory\n")
+        (top / "cgroup.subtree_control").write_text("")
+        self.patch(engine, "own_place", lambda: Place(str(top), is_root=True))
+
+        def limit(group: Group) -> None:
+            Path(group.directory, "memory.events").write_text("oom_kill 1\n")
+
+        self.patch(Group, "limit", limit)
+        launcher, observer = FakeLauncher(), Recorder()
+        world = World(
+            self, launcher=launcher, threads=inline, clock=Clock(), users=2 if is_root() else 0,
+            build_limits=BuildLimits(memory=4096), cache_failures=True,
+        )  # fmt: skip
+        drv = world.derive("a")
+        building = world.build(drv, observer=observer)
+        launcher["a"].say("compiling\n")
+        launcher["a"].finish(137)
+        error = self.failureResultOf(building, BuildError).value
+        self.assertEqual(error.status, 1)
+        said = "\n".join(observer.logs)
+        self.assertIn("exit code 137: it was killed as it needed more memory than the 4096", said)
+        self.assertIn("'--build-memory'", said)
+        self.assertNotIn("the kernel's log", said)
+        self.assertEqual(world.store.database.failed_paths(), [])
 
 
 class DiskTests(Fake):
