@@ -1,4 +1,5 @@
 ;; What a builder finds around it, as far as two daemons on one machine must agree.
+;; (guixd has /tmp and the store as mounts of the disk in a root in memory.)
 (load "prelude.scm")
 
 (define probe
@@ -6,16 +7,16 @@
 { echo '* environment'; env | sort
   echo '* who'; id; cat /etc/passwd /etc/group /etc/hosts
   echo '* where'; readlink /proc/self/cwd; ls -la / /build 2>/dev/null | awk '{print $1,$3,$4,$9,$10,$11}'
-  echo '* devices'; ls -la /dev | awk '{print $1,$3,$4,$NF}'
-  echo '* etc'; ls -la /etc | awk '{print $1,$3,$4,$9}'
-  echo '* store'; ls -la /gnu/store | awk '{print $1,$3,$4,$9}'
+  echo '* devices'; ls -la /dev | sed 1d | awk '{print $1,$3,$4,$NF}'
+  echo '* etc'; ls -la /etc | sed 1d | awk '{print $1,$3,$4,$9}'
+  echo '* store'; ls -la /gnu/store | sed 1d | awk '{print $1,$3,$4,$9}'
   echo '* host'; hostname; cat /proc/sys/kernel/domainname
   echo '* network'; ip -o addr | awk '{print $2,$3,$4}'
   echo '* processes'; ls /proc | grep '^[0-9]' | head -1; readlink /proc/1/exe
   echo '* descriptors'; for fd in /proc/$$/fd/*; do echo ${fd##*/}; done
   echo '* limits'; ulimit -c; ulimit -s; umask
   echo '* capabilities'; grep -E 'Cap[IPEA]|NoNewPrivs|Seccomp:|Sig(Ign|Blk)' /proc/self/status
-  echo '* mounts'; cut -d ' ' -f 5- /proc/self/mountinfo | sed 's/ - / /' | awk '{print $1}' | sort
+  echo '* mounts'; cut -d ' ' -f 5- /proc/self/mountinfo | sed 's/ - / /' | awk '{print $1}' | grep -vx -e /tmp -e /gnu/store | sort
   echo '* personality'; cat /proc/self/personality 2>&1
   echo '* arguments'; echo \"$0 $#\"; cat /proc/$$/cmdline | head -c 80 | cut -d - -f 1
   echo '* writable'; for d in / /gnu/store /tmp /dev /dev/shm /etc /proc/sys; do
