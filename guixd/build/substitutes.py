@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, DeferredList
 
 from guixd.build.broadcast import Observer
 from guixd.build.claims import Claims
+from guixd.build.keywarnings import KeyWarnings
 from guixd.build.lanes import Lanes
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status
@@ -38,10 +39,12 @@ class Substitutes:
         narinfos: Narinfos,
         servers: Servers,
         fetcher: FetcherLike,
+        warnings: KeyWarnings,
         lanes: Lanes | None = None,
     ) -> None:
         self.claims = claims
         self._narinfos = narinfos
+        self._warnings = warnings
         self._means = Means(
             reactor, threads, store, claims, lanes or Lanes(), narinfos, servers, fetcher
         )
@@ -55,6 +58,8 @@ class Substitutes:
         if not options.may_substitute or not paths:
             return {}
         servers = await self._means.servers.of(options)
+        if servers:
+            await self._warnings.tell(observer)
         return await self._narinfos.find(
             paths, servers, lambda line: observer.log(Level.ERROR, line)
         )

@@ -21,6 +21,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
     # Not needed to answer the first greeting.
     from guixd.build.claims import Claims
     from guixd.build.directories import Lookups
+    from guixd.build.keywarnings import KeyWarnings
     from guixd.build.servers import Servers
     from guixd.build.substitutes import Substitutes
     from guixd.net.judging import Judge
@@ -46,6 +47,7 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
         narinfos,
         servers,
         daemon.fetcher,
+        KeyWarnings(daemon.threads, daemon.acl),
     )
 
 

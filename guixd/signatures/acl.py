@@ -78,6 +78,26 @@ class Acl:
                 self._mark = mark
             return self._keys
 
+    def shortcoming(self) -> str:
+        """Return why nobody else's signatures count, empty if some do; errors as in `keys`."""
+        keys = self.keys()
+        if not keys:
+            who = "nobody is authorised"
+        elif len(keys) == 1 and keys == self._own():
+            who = "only this machine itself is authorised"
+        else:
+            return ""
+        return (
+            f"{who} to sign substitutes, so that none of others are taken;"
+            f" authorise their keys in '{self._file}' by 'guix archive --authorize'"
+        )
+
+    def _own(self) -> set[Expression]:
+        try:
+            return {read_public_key(self._directory)}
+        except (BadExpression, SignatureError):
+            return set()
+
     def _look(self) -> _Mark:
         try:
             status = os.stat(self._file)
