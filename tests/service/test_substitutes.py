@@ -118,6 +118,19 @@ class GoodServer(SubstituteCase):
         await client.build_paths([drv])
         self.assertEqual(Path(out).read_bytes(), CONTENT)
 
+    async def test_ready_in_time(self) -> None:
+        """U21: what asks servers begins as soon as a client wants substitutes, and never else."""
+        daemon = self.daemon.service.daemon
+        await self.client(urls="")
+        await deferLater(reactor, 0)
+        self.assertIsNone(daemon._fetcher)
+        client = await self.client()
+        await deferLater(reactor, 0)
+        number = daemon.fetcher.pid
+        self.assertGreater(number, 0)
+        self.assertTrue(await client.has_substitutes(self.offer("item")))
+        self.assertEqual(daemon.fetcher.pid, number)
+
     async def test_shared(self) -> None:
         """U21: two clients, one download."""
         path = self.offer("item")
@@ -319,19 +332,6 @@ class DiscoveredTests(SynchronousTestCase):
         found = [discovered(state) for _ in range(4)]
         self.assertEqual([len(set(each) & set(urls)) for each in found], [MOST_DISCOVERED] * 4)
         self.assertGreater(len(set(found)), 1)
-
-    async def test_ready_in_time(self) -> None:
-        """U21: what asks servers begins as soon as a client wants substitutes, and never else."""
-        daemon = self.daemon.service.daemon
-        await self.client(urls="")
-        await deferLater(reactor, 0)
-        self.assertIsNone(daemon._fetcher)
-        client = await self.client()
-        await deferLater(reactor, 0)
-        number = daemon.fetcher.pid
-        self.assertGreater(number, 0)
-        self.assertTrue(await client.has_substitutes(self.offer("item")))
-        self.assertEqual(daemon.fetcher.pid, number)
 
 
 class Trouble(SubstituteCase):
