@@ -29,6 +29,7 @@ from guixd.build.downloadtools import DownloadTools
 from guixd.build.durations import Durations
 from guixd.build.goals import Past, RequestRun
 from guixd.build.plan import Goal, Planner
+from guixd.build.protection import Protection
 from guixd.build.request import BuildMode, BuildRequest, Roots
 from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, Common, SharedBuild
@@ -127,7 +128,7 @@ class Engine:
         roots: Any = request.roots or own
         try:
             if request.mode is BuildMode.REPAIR:
-                request = await self._repair_by_substitutes(request, observer)
+                request = await self._repair_by_substitutes(request, observer, roots)
             await self._carry_out(request, observer, roots)
         finally:
             if own is not None:
@@ -176,14 +177,14 @@ class Engine:
         return planner.goals
 
     async def _repair_by_substitutes(
-        self, request: BuildRequest, observer: Observer
+        self, request: BuildRequest, observer: Observer, roots: Roots
     ) -> BuildRequest:
         """Replace what is damaged by substitutes; return what is left of REQUEST.
 
         :raises BuildError: an item that cannot be built cannot be replaced.
         """
         shop, substitutes = self._workshop, self._substitutes
-        database = shop.store.database
+        database, protection = shop.store.database, Protection(shop.reactor, roots)
         left = []
         for want in request.wanted:
             paths = [want.path]
@@ -194,12 +195,14 @@ class Engine:
                 )
                 paths = [p for n, p in known.items() if not want.outputs or n in want.outputs]
             for path in paths:
+                await protection.add(path)
                 info = database.find_path_info(path)
                 if info is not None and await shop.threads(is_intact, path, info.nar_hash):
                     continue
                 result = None
                 if substitutes is not None and request.options.use_substitutes:
-                    result = await substitutes.repair(path, request.options, observer)
+                    options = request.options
+                    result = await substitutes.repair(path, options, observer, protection)
                 if not want.is_build and (result is None or not result.status.succeeded):
                     text = "there are no substitutes" if result is None else result.text
                     raise BuildError(f"cannot repair path `{path}': {text}")

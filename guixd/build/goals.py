@@ -229,6 +229,8 @@ class RequestRun:
         """Begin with GOAL, whose inputs are all done, well or not."""
         if goal.failed:
             self._refuse(goal, Result(Status.DEPENDENCY_FAILED, _failed_dependencies(goal)))
+        elif goal.outdated:
+            self._outdated = True
         elif goal.offer is not None:
             download, place = self._builds.substitute(goal, self, self._observer)
             self._active[goal.path] = goal, download, place

@@ -206,7 +206,7 @@ class Harvest:
             base = output.path.base
             if not exists(self._target, base):
                 move(self._staging, base, self._target, base)
-            elif not exchange(self._staging, self._target, base):
+            elif not exchange(self._staging, base, self._target, base):
                 remove(self._target, base)
                 move(self._staging, base, self._target, base)
             reached("repair.exchanged")

@@ -9,16 +9,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
 from guixd.build.available import Available
 from guixd.build.contents import is_intact, read_derivation
+from guixd.build.protection import Protection
 from guixd.build.request import BuildMode, Roots, Wanted
 from guixd.build.results import result_of
 from guixd.build.scheduler import Priority
 from guixd.build.threads import Threads
-from guixd.build.turns import BUSY_RETRY, Turns
-from guixd.errors import Busy, GuixdError
+from guixd.build.turns import Turns
+from guixd.errors import GuixdError
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 from guixd.net.narinfos import Offer
@@ -40,6 +40,7 @@ class Goal:
     :ivar offer: the substitute, if this is not a derivation to build but an item to download.
     :ivar named: whether the client asks for this very item, which is no output to be made.
     :ivar unfolds: whether there is more to plan when it is done.
+    :ivar outdated: whether something that it refers to has been collected since it was offered.
     :ivar hopeful: whether there are substitutes that lack something now, but maybe not when
         the inputs are built.
     """
@@ -60,6 +61,7 @@ class Goal:
     offer: Offer | None = None
     named: bool = False
     unfolds: bool = False
+    outdated: bool = False
     hopeful: bool = False
 
     @property
@@ -99,13 +101,12 @@ class Planner:
         self._clock = clock
         self._threads = threads
         self._store = store
-        self._roots = roots
+        self._protection = Protection(clock, roots)
         self._mode = mode
         self._failures = failures
         self._available = available or Available()
         self._begun = begun
         self._intact: dict[StorePath, bool] = {}
-        self._protected: set[StorePath] = set()
         self._todo: list[Goal] = []
 
     async def plan(self, wanted: Iterable[Wanted]) -> None:
@@ -123,7 +124,7 @@ class Planner:
                     await self._enter_broken(want.path)
             else:
                 # If nothing can provide it, that is no failure of the request.
-                await self._protect(want.path)
+                await self._protection.add(want.path)
                 if not self._store.database.is_valid(want.path):
                     offered = self._offered([want.path])
                     for goal in offered:
@@ -132,15 +133,6 @@ class Planner:
         while self._todo:
             await self._expand(self._todo.pop())
             await turns.give()
-
-    async def _protect(self, path: StorePath) -> None:
-        while path not in self._protected:
-            try:
-                self._roots.add(path)
-            except Busy:  # a collector reads our roots at this moment
-                await deferLater(self._clock, BUSY_RETRY)
-            else:
-                self._protected.add(path)
 
     async def _needed(
         self, path: StorePath, outputs: Iterable[str] | None, mode: BuildMode
@@ -154,7 +146,7 @@ class Planner:
             wanted = [output for name, output in known.items() if name in names]
             missing = [output for output in wanted if not database.is_valid(output)]
             if missing and self._available.offers.keys() >= set(missing):
-                await self._protect(path)
+                await self._protection.add(path)
                 return self._offered(missing)
         goal = await self._enter(path, outputs, mode)
         return [] if goal is None else [goal]
@@ -182,7 +174,7 @@ class Planner:
         goal = self.goals.get(path)
         if goal is not None:
             return goal
-        await self._protect(path)
+        await self._protection.add(path)
         if not self._store.database.is_valid(path):
             for offered in self._offered([path]):
                 offered.unfolds = True
@@ -194,7 +186,7 @@ class Planner:
         names = set(outputs or known)
         wanted = [output for name, output in known.items() if name in names]
         for output in known.values():
-            await self._protect(output)
+            await self._protection.add(output)
         # What the derivation says need not be known if nothing is to be done.
         if not wanted or await self._is_done(wanted, mode):
             return None
@@ -268,10 +260,13 @@ class Planner:
     async def _expand(self, goal: Goal) -> None:
         """Find what GOAL needs first."""
         if goal.offer is not None:
-            await self._protect(goal.path)
-            references = goal.offer.narinfo.references - {goal.path}
-            invalid = [path for path in references if not self._store.database.is_valid(path)]
-            _wait_for(goal, self._offered(sorted(invalid)))
+            await self._protection.add(goal.path)
+            for reference in sorted(goal.offer.narinfo.references - {goal.path}):
+                await self._protection.add(reference)
+                if not self._store.database.is_valid(reference):
+                    offered = self._offered([reference])
+                    _wait_for(goal, offered)
+                    goal.outdated |= not offered
         if goal.drv is None:
             return
         for path, names in goal.drv.inputs.items():

@@ -11,6 +11,7 @@ from guixd.build.broadcast import Observer
 from guixd.build.claims import Claims
 from guixd.build.keywarnings import KeyWarnings
 from guixd.build.lanes import Lanes
+from guixd.build.protection import Protection
 from guixd.build.request import ClientOptions, Level
 from guixd.build.results import Result, Status
 from guixd.build.scheduler import Priority
@@ -90,21 +91,28 @@ class Substitutes:
         if self._running.get(substitution.path) is substitution:
             del self._running[substitution.path]
 
-    async def repair(self, path: StorePath, options: ClientOptions, observer: Observer) -> Result:
+    async def repair(
+        self,
+        path: StorePath,
+        options: ClientOptions,
+        observer: Observer,
+        protection: Protection,
+    ) -> Result:
         """Replace what is at PATH, valid or not, by a substitute if there is one (build §6).
 
         What it refers to must be valid.
 
+        :param protection: of PATH, and now of what it refers to.
         :return: of status `SUBSTITUTED`, or why that was not possible.
         """
         offer = (await self.find([path], options, observer)).get(path)
         if offer is None:
             text = f"there is no substitute for `{path}'"
             return Result(Status.NO_SUBSTITUTERS, text)
-        database = self._means.store.database
-        if database.valid_paths(offer.narinfo.references - {path}) != (
-            offer.narinfo.references - {path}
-        ):
+        references = offer.narinfo.references - {path}
+        for reference in references:
+            await protection.add(reference)
+        if self._means.store.database.valid_paths(references) != references:
             text = f"something that the substitute for `{path}' refers to is not valid"
             return Result(Status.INCOMPLETE_CLOSURE, text)
         substitution, attachment = self._begin(

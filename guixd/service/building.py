@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from twisted.internet.task import deferLater
@@ -59,6 +60,7 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
 async def ensure(session: Session, request: op.EnsurePath) -> None:
     """Make a path valid, by a substitute if it is not."""
     path, store = _checked(request.path), session.store
+    await session.when_free(partial(session.roots.add, path))
     if store.database.is_valid(path):
         return
     items = (Wanted(path, itself=True),)

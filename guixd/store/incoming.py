@@ -10,12 +10,15 @@ import hashlib
 import os
 
 from guixd.errors import BadArchive, StoreError, WrongHash
+from guixd.faults import reached
 from guixd.formats import hashes
 from guixd.formats.nar import NarParser
 from guixd.formats.path import StorePath
+from guixd.store.descent import DIRECTORY_FLAGS
 from guixd.store.items import Registration
 from guixd.store.links import Links
 from guixd.store.local import LocalStore
+from guixd.store.moves import exchange
 from guixd.store.removal import remove_path
 from guixd.store.restore import TreeWriter
 
@@ -79,6 +82,7 @@ class Incoming:
             raise BadArchive("the archive goes on behind its end")
         if self._writer.error is not None:
             raise self._writer.error
+        reached("substitute.fed")
 
     def finish(self) -> None:
         """Compare the archive with what it should be, at its end.
@@ -98,6 +102,7 @@ class Incoming:
         self._writer.finish()
         self._writer.share_root(self.nar_hash)
         self.complete = True
+        reached("substitute.unpacked")
 
     def commit(self, references: frozenset[StorePath], deriver: StorePath | None) -> None:
         """Make the item valid; what was there, valid or not, goes to the staging place.
@@ -109,34 +114,38 @@ class Incoming:
         :raises Busy: another process writes to the database; try it again.
         """
         assert self.complete
-        names = self._store.staging
-        aside = names.take() if os.path.lexists(self.path) else None
+        replaces = os.path.lexists(self.path)
+        self._move(self.staging, self.path, replaces)
+        reached("substitute.moved")
         try:
-            self._change_places(aside)
-            try:
-                self._store.register(
-                    [Registration(self.path, self.nar_hash, self.nar_size, references, deriver)]
-                )
-            except BaseException:
-                if aside is None:
-                    os.rename(self.path, self.staging)
-                else:
-                    self._change_places(aside)
-                raise
-        finally:
-            if aside is not None:
-                names.free(aside)
+            self._store.register(
+                [Registration(self.path, self.nar_hash, self.nar_size, references, deriver)]
+            )
+        except BaseException:
+            self._move(self.path, self.staging, replaces)
+            raise
+        reached("substitute.registered")
 
-    def _change_places(self, aside: str | None) -> None:
-        """Let what is staged be at the path, and what was there be staged, by way of ASIDE."""
+    def _move(self, name: str, new: str, exchanges: bool) -> None:
+        """Rename NAME, or let the two change places, in one step if the system can do that."""
         try:
-            if aside is not None:
-                os.rename(self.path, aside)
-            os.rename(self.staging, self.path)
-            if aside is not None:
-                os.rename(aside, self.staging)
+            if not exchanges:
+                os.rename(name, new)
+            elif not self._exchange(name, new):
+                aside = self._store.staging.take()
+                os.rename(new, aside)
+                os.rename(name, new)
+                os.rename(aside, name)
+                self._store.staging.free(aside)
         except OSError as error:
             raise StoreError(f"cannot make '{self.path}': {error.strerror}") from error
+
+    def _exchange(self, one: str, other: str) -> bool:
+        store = os.open(self._store.directory.path, DIRECTORY_FLAGS)
+        try:
+            return exchange(store, os.path.basename(one), store, os.path.basename(other))
+        finally:
+            os.close(store)
 
     def discard(self) -> None:
         """Remove what is in the staging place; to be called in any case, in the end.

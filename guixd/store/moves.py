@@ -33,20 +33,21 @@ def move(source: int, name: str, target: int, new: str) -> None:
             os.rename(name, new, src_dir_fd=source, dst_dir_fd=target)
 
 
-def exchange(source: int, target: int, name: str) -> bool:
-    """Let two entries NAME change places, in one step.
+def exchange(source: int, name: str, target: int, other: str) -> bool:
+    """Let NAME of one directory and OTHER of another change places, in one step.
 
     :return: whether it was done; false if the system cannot do that.
     :raises OSError: one of them is missing, or another reason.
     """
     with ExitStack() as modes:
-        for directory in source, target:
-            modes.enter_context(_writable(directory, name))
-        number = _exchange(source, target, os.fsencode(name))
+        if source != target:
+            modes.enter_context(_writable(source, name))
+            modes.enter_context(_writable(target, other))
+        number = _exchange(source, os.fsencode(name), target, os.fsencode(other))
     if number in (ENOSYS, EINVAL):
         return False
     if number:
-        raise OSError(number, os.strerror(number), name)
+        raise OSError(number, os.strerror(number), name, None, other)
     return True
 
 
@@ -68,7 +69,7 @@ def _writable(directory: int, name: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _exchange(source: int, target: int, name: bytes) -> int:
+def _exchange(source: int, name: bytes, target: int, other: bytes) -> int:
     """Return 0, or the number of the error."""
     try:
         renameat2 = _libc().renameat2
@@ -78,7 +79,7 @@ def _exchange(source: int, target: int, name: bytes) -> int:
         ctypes.c_int(source),
         ctypes.c_char_p(name),
         ctypes.c_int(target),
-        ctypes.c_char_p(name),
+        ctypes.c_char_p(other),
         ctypes.c_uint(_RENAME_EXCHANGE),
     )
     return ctypes.get_errno() if result else 0

@@ -139,6 +139,33 @@ class Fallback(Case):
         self.assertEqual(self.error(building).text, "no item")
 
 
+class Collected(Case):
+    """What collectors take away between the search and the plan."""
+
+    def test_reference(self) -> None:
+        """U17: what has gone since the search is downloaded, too."""
+        world = self.world
+        reference = world.text("reference", "x")
+        item = self.downloads.offer(self.item("item"), reference)
+        self.downloads.offer(reference)
+        add, gone = world.roots.add, []
+
+        def protect(path: StorePath) -> None:
+            if not gone:
+                gone.append(path)
+                world.store.database.invalidate(reference)
+                os.unlink(reference)
+            add(path)
+
+        self.patch(world.roots, "add", protect)
+        building = self.request(item)
+        self.assertEqual(self.downloads.running, ["reference"])
+        self.downloads["reference"].finish()
+        self.downloads["item"].finish()
+        self.successResultOf(building)
+        self.assertLessEqual({item, reference}, world.roots.paths)
+
+
 class Retry(Case):
     """Substitutes that refer to what nobody has (U17)."""
 

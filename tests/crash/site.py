@@ -59,14 +59,15 @@ class Site:
             configuration=f"{top}/etc",
             temporary=f"{top}/tmp",
         )
-        for name in ("tmp", "links"):
-            os.mkdir(f"{top}/{name}")
+        for name in ("tmp", "links", "mirror/nar"):
+            os.makedirs(f"{top}/{name}")
         install(self.directories.configuration, acl=True)
         self._keys = read_key_pair(self.directories.configuration)
         self.kills = 0
         self.begun: list[list[Task]] = []
         self.items = Items(StoreDirectory(self.directories.store))
-        self._arguments = ["--max-jobs=2", *options]
+        mirror = f"--substitute-urls=file://{top}/mirror"
+        self._arguments = ["--max-jobs=2", mirror, *options]
         if is_root():
             self._arguments.append(f"--build-uids={FIRST_UID}-{FIRST_UID + 3}:64001")
         self._environ = {
@@ -85,8 +86,7 @@ class Site:
     def work(self, random: Random, label: str) -> Work:
         """Return a maker of tasks."""
         database = f"{self.directories.database}/db.sqlite"
-        links = f"{self.directory}/links"
-        return Work(self.items, links, database, self._keys, random, label, self._stranger)
+        return Work(self.items, self.directory, database, self._keys, random, label, self._stranger)
 
     def start(self) -> None:
         """Start the daemon."""

@@ -22,6 +22,7 @@ from guixd.signatures import KeyPair, sign
 from tests.archives import File, Link, Tree, archive
 from tests.crash.items import Items, Recipe
 from tests.service.world import set_options
+from tests.signatures.offers import narinfo_of
 
 Task: TypeAlias = Callable[[Client], Awaitable[None]]
 """One or a few requests; an error or a wrong reply is an exception."""
@@ -43,7 +44,7 @@ class Work:
     """Makes tasks.
 
     :param items: what they make.
-    :param directory: where links to items are put.
+    :param directory: where links to items are put, in `links`, and substitutes, in `mirror`.
     :param database: the file of the database.
     :param keys: with which archives are signed.
     :param random: decides what each task is about.
@@ -73,7 +74,7 @@ class Work:
             self.small_texts, self.large_text, self.tree, self.stream, self.flat_file, self.roots,
             self.build, self.fixed_build, self.failing_build, self.checked_build,
             self.repairing_build, self.optimise, self.verify, self.lose, self.forget, self.collect,
-            self.delete, self.import_, self.export, self.queries,
+            self.delete, self.import_, self.export, self.queries, self.substitute,
         )  # fmt: skip
 
     def script(self, length: int) -> list[Task]:
@@ -181,6 +182,37 @@ class Work:
             same(bytes(written[: len(nar)]) == nar, True)
 
         yield export
+
+    def substitute(self) -> Iterator[Task]:
+        """An item and what it refers to, which the daemon's server has; one is spoilt then."""
+        tree: Tree = {b"a": File(self._shared()), b"b": File(self._random.randbytes(60_000))}
+        first = self._items.tree(self._name("substitute"), tree)
+        text = self._name("substitute").encode()
+        second = self._items.text(text.decode(), text, (first,))
+        self._offer(first, archive(tree), ())
+        self._offer(second, archive(File(text)), (first,))
+
+        async def substitute(client: Client) -> None:
+            await client.ensure_path(second)
+            self._items.promise(first)
+            self._items.promise(second)
+
+        yield substitute
+
+        async def repair(client: Client) -> None:
+            await substitute(client)
+            _spoil(Path(second))
+            await client.build_paths([second], BuildMode.REPAIR)
+            same(Path(second).read_bytes(), text)
+
+        yield repair
+
+    def _offer(self, path: StorePath, nar: bytes, references: tuple[StorePath, ...]) -> None:
+        """Let the daemon's server have an item."""
+        mirror = Path(self._directory, "mirror")
+        (mirror / "nar" / path.base).write_bytes(nar)
+        text = narinfo_of(path, nar, references, keys=self._keys)
+        (mirror / f"{path.hash_part}.narinfo").write_bytes(text)
 
     # --- building ------------------------------------------------------------------
 
@@ -358,7 +390,7 @@ class Work:
     def roots(self) -> Iterator[Task]:
         name = self._name("root")
         path = self._items.text(name, b"", ())
-        link = f"{self._directory}/{name}"
+        link = f"{self._directory}/links/{name}"
 
         async def root(client: Client) -> None:
             same(await client.add_text(name, b""), path)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import hashlib
 import os
+from typing import Any
 
 from guixd.client import Client
 from guixd.formats.hashes import to_base32
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
-from guixd.signatures import KeyPair, read_key_pair, sign
+from guixd.signatures import KeyPair, read_key_pair
 from tests.net.servers import Asked, Server, answer
 from tests.service.downloads import DownloadCase
 from tests.service.world import set_options
 from tests.signatures.keys import configuration, install
+from tests.signatures.offers import narinfo_of
 
 
 class SubstituteCase(DownloadCase):
@@ -64,28 +65,11 @@ class SubstituteCase(DownloadCase):
         references: tuple[StorePath, ...] = (),
         *,
         keys: KeyPair | str | None = "host",
-        url: str = "",
-        compression: str = "none",
-        size: int | None = None,
-        deriver: str = "",
-        version: str = "1",
+        **said: Any,
     ) -> bytes:
         """Return what a server says of the item PATH with the archive NAR."""
-        digest = to_base32(hashlib.sha256(nar).digest())
-        text = (
-            f"StorePath: {path}\nNarHash: sha256:{digest}\n"
-            f"NarSize: {len(nar) if size is None else size}\n"
-            f"References: {' '.join(each.base for each in references)}\n"
-        )
-        if deriver:
-            text += f"Deriver: {deriver}\n"
-        if keys is not None:
-            pair = self.host if keys == "host" else keys
-            assert isinstance(pair, KeyPair)
-            signature = sign(hashlib.sha256(text.encode()).digest(), pair)
-            text += f"Signature: {version};host;{base64.b64encode(signature).decode()}\n"
-        text += f"URL: {url or 'nar/' + path.base}\nCompression: {compression}\n"
-        return text.encode()
+        pair = self.host if isinstance(keys, str) else keys
+        return narinfo_of(path, nar, references, keys=pair, **said)
 
     def offer(
         self,
@@ -103,7 +87,7 @@ class SubstituteCase(DownloadCase):
         compression = said.get("compression", "none")
         body = gzip.compress(nar) if compression == "gzip" else nar
         self.answers[f"/{path.hash_part}.narinfo"] = answer(
-            self.narinfo(path, nar, references, **said)  # type: ignore[arg-type]
+            self.narinfo(path, nar, references, **said)
         )
         self.answers[f"/nar/{path.base}"] = answer(body)
         return path

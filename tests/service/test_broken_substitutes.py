@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guixd.build import transfer
+from guixd.build.request import BuildMode
 from guixd.client import Client
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
+from guixd.store import incoming
 from tests.net.servers import Asked, Server, always, answer, drip, in_pieces
 from tests.service.substitutes import SubstituteCase
 
@@ -98,6 +100,18 @@ class BrokenTransfers(SubstituteCase):
         await self.fails(client.build_paths([path]))
         self.assertFalse(await client.is_valid_path(path))
         self.assertNothing(path)
+
+    async def test_no_exchange(self) -> None:
+        """U19: what is damaged is replaced also where two files cannot change places at once."""
+        self.patch(incoming, "exchange", lambda *names: False)
+        path = await self.prepared(always(answer(NAR)))
+        client = await self.client()
+        await self.comes(path, client)
+        os.chmod(path, 0o644)
+        Path(path).write_bytes(b"damaged")
+        await client.build_paths([path], BuildMode.REPAIR)
+        self.assertEqual(Path(path).read_bytes(), CONTENT)
+        self.assertEqual(self.leftovers(), [])
 
     async def test_never_whole(self) -> None:
         """U11: a server that always breaks off is given up, and nothing is left."""
