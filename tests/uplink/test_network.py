@@ -16,6 +16,7 @@ from typing import Any
 from twisted.internet import reactor as installed
 from twisted.internet.defer import CancelledError
 from twisted.internet.protocol import DatagramProtocol
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import TestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
@@ -78,6 +79,37 @@ class Names(DatagramProtocol):
         head = datagram[:2] + struct.pack("!HHHHH", 0x8180, 1, is_address, 0, 0)
         assert self.transport is not None
         self.transport.write(head + datagram[12:] + answer * is_address, addr)
+
+
+_HOSTILE = f"""#!/usr/bin/python3
+import os, socket
+
+def attempt(name, action):
+    try:
+        action()
+    except OSError as error:
+        print(f"{{name}}: {{error.strerror}}")
+    else:
+        print(f"{{name}}: possible")
+
+def connect():
+    socket.socket(socket.AF_UNIX).connect("\\0guixd-test-{os.getpid()}")
+
+names = open("/proc/net/unix").read()
+print("abstract names:", "seen" if "@guixd-test" in names else "")
+print("processes:", *sorted(filter(str.isdigit, os.listdir("/proc"))))
+print("descriptors:", *(fd for fd in range(99) if os.path.exists(f"/proc/self/fd/{{fd}}")))
+attempt("internet", lambda: socket.socket(socket.AF_INET).close())
+attempt("connect", connect)
+attempt("pass on", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+attempt("packets", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+attempt("secrets", lambda: open("/etc/shadow").read())
+attempt("homes", lambda: os.listdir("/root"))
+attempt("trees", lambda: os.listdir("/var"))
+attempt("plant", lambda: open("/usr/bin/planted", "w"))
+attempt("plant here", lambda: os.mkdir("/planted"))
+attempt("root", lambda: os.setuid(0))
+"""
 
 
 class Page(Resource):
@@ -230,6 +262,25 @@ class _Connected:
         self.assertLessEqual(rest, {"socket"}, links)
         process.signalProcess("KILL")
         await recorder.ended
+
+    async def test_hostile_mover(self) -> None:
+        """X33, CVE-2025-46416: who moves packets gets at nothing else, should it be taken over."""
+        require(os.path.exists("/usr/bin/python3"), "/usr/bin/python3")
+        directory = Path(temporary_directory(self, world_readable=True))
+        script(directory, _HOSTILE)
+        with socket.socket(socket.AF_UNIX) as abstract:
+            abstract.bind(f"\0guixd-test-{os.getpid()}".encode())
+            abstract.listen()
+            with capturedLogs() as events, self.assertRaises(SandboxError):
+                await self.place.spawn(self.spec("true", path=str(directory)))
+        (told,) = [event["text"] for event in events if "text" in event]
+        results = dict(line.split(": ", 1) for line in told.splitlines())
+        self.assertEqual(results.pop("processes"), "1")
+        self.assertEqual(results.pop("descriptors"), "0 1 2 5 6")
+        self.assertEqual(results.pop("internet"), "possible")
+        self.assertEqual(results.pop("abstract names"), "seen")  # but they cannot be used
+        self.assertEqual(len(results), 9)
+        self.assertNotIn("possible", results.values(), results)
 
     async def test_ends_together(self) -> None:
         """X34: who moves packets ends with the builder, however that ends, and first."""
