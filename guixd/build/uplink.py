@@ -164,14 +164,16 @@ class UplinkProtocol(ProcessProtocol):
         return self.ended
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self._text = (self._text + data)[:_MOST_TEXT]
+        self._text += data
+        if len(self._text) > _MOST_TEXT:
+            self._process.loseConnection()  # It could go on like this for ever.
 
     def processEnded(self, reason: Failure) -> None:
         self._over(reason)
 
     def _over(self, reason: Failure) -> None:
         if self.wanted:
-            text = self._text.decode("utf-8", "replace").strip()
+            text = self._text[:_MOST_TEXT].decode("utf-8", "replace").strip()
             why = reason.getErrorMessage()
             _log.info("{program}: {why} {text}", program=PROGRAM, why=why, text=text)
         self.ended.callback(None)

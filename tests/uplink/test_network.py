@@ -319,13 +319,13 @@ class _Connected:
     async def test_not_usable(self) -> None:
         """X28: programs that do not become ready are told apart; nothing is left of them."""
         assert isinstance(self, TestCase)
-        silent = "#!/bin/sh\nexec sleep 1000\n"
-        for text in "#!/bin/sh\n", "#!/bin/sh\nprintf 0 >&5\nexec sleep 1000\n", "#!/no\n", silent:
+        never = ("#!/bin/sh\nexec sleep 1000\n", "#!/bin/sh\nexec yes\n")
+        for text in "#!/bin/sh\n", "#!/bin/sh\nprintf 0 >&5\nexec sleep 1000\n", "#!/no\n", *never:
             directory = temporary_directory(self, world_readable=True)
             script(Path(directory), text)
             spec = self.spec("echo x", path=directory)
             assert spec.uplink is not None
-            patience = 0.1 if text == silent else 30
+            patience = 0.1 if text in never else 30
             spec = replace(spec, uplink=replace(spec.uplink, patience=patience))
             with self.assertRaises(SandboxError) as caught:
                 await self.place.launcher.spawn(None, spec)
