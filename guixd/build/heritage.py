@@ -176,7 +176,8 @@ class Heritage:
         :raises FetchError: there is no answer.
         """
         parts: list[bytes] = []
-        request = Request(url, limit=LONGEST_BODY, schemes=_SCHEMES, method=method)
+        accept = (("Accept", "application/json"),)
+        request = Request(url, limit=LONGEST_BODY, schemes=_SCHEMES, method=method, headers=accept)
         try:
             await self._receive(request, parts.append, parts.clear)
         except FetchError as error:
