@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from dataclasses import replace
@@ -10,8 +11,9 @@ from pathlib import Path
 from twisted.trial.unittest import TestCase
 
 from guixd.build.leftovers import RUNNING
+from guixd.sandbox import kernel
 from tests.sandbox.place import Place
-from tests.support import requires_root, requires_user_namespaces
+from tests.support import require, requires_root, requires_user_namespaces
 
 
 class _Attacks:
@@ -67,6 +69,18 @@ class _Attacks:
         seen = await self.place.finish(build.spec)
         self.assertTrue(seen.text.startswith("@ unsupported-platform "), seen.text)
         self.assertEqual(seen.code, 1)
+
+    async def test_keys_of_daemon(self) -> None:
+        """X33: the keys in the daemon's session cannot be seen, let alone read."""
+        kernel.join_new_session_keyring()
+        name = f"guixd-test-{os.getpid()}".encode()
+        number = {"x86_64": 248, "i686": 286}.get(os.uname().machine, 217)
+        key = ctypes.CDLL(None).syscall(number, b"user", name, b"secret", 6, -3)
+        require(key > 0, "a kernel with keyrings", of_kernel=True)
+        self.assertIn(name, Path("/proc/keys").read_bytes())
+        seen = await self.place.run("$b cat /proc/keys; echo end")
+        self.assertEqual(seen.lines[-1], "end")
+        self.assertNotIn(name.decode(), seen.text)
 
     async def test_environment_of_daemon(self) -> None:
         """X12: nothing of the daemon's variables or files comes through."""
