@@ -15,6 +15,7 @@ import os
 import platform
 import socket
 import struct
+from contextlib import suppress
 
 LINK = 5
 """Descriptor of the socket between the two processes."""
@@ -31,7 +32,6 @@ _TUNSETIFF = 0x800454CA if platform.machine().startswith("ppc") else 0x400454CA
 _UP, _LOOPBACK, _RUNNING = 1, 8, 0x40
 _TAP, _NO_PACKET_INFORMATION = 2, 0x1000
 _ROUTE_UP, _ROUTE_BY_GATEWAY, _ROUTE_TO_HOST = 1, 2, 4
-_IPV6 = "/proc/sys/net/ipv6"
 
 
 def move(descriptor: int, to: int, *, inheritable: bool = False) -> None:
@@ -91,15 +91,15 @@ def _set_up(ipv6: bool) -> None:
         for request, address in (_SIOCSIFADDR, ADDRESS), (_SIOCSIFNETMASK, _NETMASK):
             data = struct.pack("16s16s14x", _NAME, _socket_address(address))
             fcntl.ioctl(control, request, data)
-        if has_ipv6 := os.path.isdir(_IPV6):
+        with suppress(OSError):  # IPv6 is switched off.
             # Addresses count at once, and nobody else on this net tells which ones there are.
             for name in "accept_dad", "accept_ra":
-                _write(f"{_IPV6}/conf/tap0/{name}", "0")
+                _write(f"/proc/sys/net/ipv6/conf/tap0/{name}", "0")
         _set_flags(control, _NAME, _UP | _RUNNING)
         anywhere = _socket_address("0.0.0.0")
         route = (anywhere, _socket_address(ROUTER), anywhere, _ROUTE_UP | _ROUTE_BY_GATEWAY)
         fcntl.ioctl(control, _SIOCADDRT, struct.pack("L16s16s16sHhLPhPLLH0L", 0, *route, *[0] * 8))
-    if has_ipv6:
+    with suppress(OSError):
         _set_up_ipv6(ipv6)
 
 
