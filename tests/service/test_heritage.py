@@ -119,7 +119,7 @@ class ArchiveTests(FetcherCase):
         self.archive.knows(self.digest)
         self.assertEqual(await self.find(COMMIT), TOP)
         self.assertEqual(len(self.archive.asked), 1)
-        self.assertIn("Accept: application/json\r\n", self.archive.server.requests[0])
+        self.assertIn("\r\nAccept: application/json", self.archive.server.requests[0])
         answers.clear()
         answers[f"GET /api/1/revision/{COMMIT}/"] = {"directory": DIRECTORY}
         self.assertEqual(await self.find(COMMIT), TOP)
