@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from guixd.formats import narinfocache
 from guixd.formats.narinfo import MOST_BYTES
@@ -18,10 +19,16 @@ HOUSEKEEPING = 5 * 24 * 3600
 """Seconds between two times that old files are removed."""
 LONGEST_KEPT = 2 * 24 * 3600
 """Seconds after which a file is old, if it does not say that it is so earlier."""
+_SKEW = 24 * 3600
+"""Seconds by which clocks of who writes files may differ."""
 _LATEST = "last-expiry-cleanup"
 _LONGEST = 3 * MOST_BYTES
 _HEAD = 4096
-_DATES = re.compile(rb"\(date ([0-9]{1,18})\)\s*\(ttl ([0-9]{1,18})\)")
+_DATES = re.compile(
+    rb'\s*\(narinfo\s+\(version\s+[0-9]+\)\s*\(cache-uri\s+"(?:[^"\\]|\\.)*"\)'
+    rb"\s*\(date\s+([0-9]{1,18})\)\s*\(ttl\s+([0-9]{1,18})\)",
+    re.DOTALL,
+)
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -41,8 +48,8 @@ class CacheFiles:
         if not os.path.isdir(place):
             return found
         for name in names:
-            data = _contents(f"{place}/{name}", _LONGEST)
-            entry = None if data is None else narinfocache.parse(data)
+            data = _start(f"{place}/{name}", _LONGEST + 1)
+            entry = narinfocache.parse(data) if len(data) <= _LONGEST else None
             if entry is not None and entry.uri == uri:
                 found[name] = entry
         return found
@@ -89,19 +96,18 @@ class CacheFiles:
         return f"{self._directory}/{narinfocache.directory_name(uri)}"
 
 
-def _contents(path: str, most: int) -> bytes | None:
-    """Return the contents of the file PATH, None if it cannot be read or has more than MOST."""
+def _start(path: str, most: int) -> bytes:
+    """Return the first MOST bytes of the file PATH, nothing if it cannot be read."""
     try:
         fd = os.open(path, _FLAGS)
     except OSError:
-        return None
+        return b""
     try:
-        data = os.read(fd, most + 1)
+        return os.read(fd, most)
     except OSError:
-        return None
+        return b""
     finally:
         os.close(fd)
-    return data if len(data) <= most else None
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -110,23 +116,30 @@ def replace_file(path: str, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o644)
     try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def _expire(place: str, now: int) -> None:
+    """Remove what is old in the directory PLACE, and PLACE itself if that was all."""
     for file in os.scandir(place):
-        try:
-            fd = os.open(file.path, _FLAGS)
-        except OSError:
-            continue
-        try:
-            dates = _DATES.search(os.read(fd, _HEAD))
-        except OSError:
-            dates = None
-        finally:
-            os.close(fd)
-        if dates is None or int(dates[1]) + min(int(dates[2]), LONGEST_KEPT) < now:
-            os.unlink(file.path)
+        # What is no file of ours, and will not go, does not keep the others.
+        with suppress(OSError):
+            if _expiry(file) < now:
+                os.unlink(file.path)
+    with suppress(OSError):
+        os.rmdir(place)
+
+
+def _expiry(file: os.DirEntry[str]) -> int:
+    """Return when FILE is old; of what says nothing sensible its own age counts."""
+    changed = int(file.stat(follow_symlinks=False).st_mtime)
+    dates = None
+    if file.is_file(follow_symlinks=False):
+        dates = _DATES.match(_start(file.path, _HEAD))
+    date = changed if dates is None else min(int(dates[1]), changed + _SKEW)
+    return date + (LONGEST_KEPT if dates is None else min(int(dates[2]), LONGEST_KEPT))

@@ -39,6 +39,8 @@ DOWN = 60.0
 """Seconds for which a server that could not be reached is left alone."""
 MOST_DOWN = 1000
 """How many of those are remembered."""
+TIDYING = 24 * 3600.0
+"""Seconds until it is looked again whether old files are to be removed."""
 MOST_KEPT = 48 << 20
 """Bytes of narinfos in memory, more or less."""
 _COST = 512
@@ -128,7 +130,7 @@ class Narinfos:
         self._cost = 0
         self._asked: dict[_Key, list[Deferred[Narinfo | None]]] = {}
         self._down: dict[str, tuple[float, str]] = {}
-        self._tidied = False
+        self._tidy_from = 0.0
 
     async def find(
         self, paths: Collection[StorePath], servers: Sequence[str], tell: Tell = lambda line: None
@@ -231,8 +233,8 @@ class Narinfos:
         finally:
             for path in left:
                 self._fire(server, path, None)
-        if not self._tidied:
-            self._tidied = True
+        if self._clock.seconds() >= self._tidy_from:
+            self._tidy_from = self._clock.seconds() + TIDYING
             await self._threads(self._files.tidy, int(self._wall()))
 
     def _load(

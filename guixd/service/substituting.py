@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ def make_substitutes(daemon: Daemon, store: LocalStore, environ: Mapping[str, st
 
     cache = environ.get("XDG_CACHE_HOME")
     state = store.directories.state
-    directory = f"{cache}/guix/substitute" if cache else f"{state}/substitute/cache"
+    absolute = cache is not None and os.path.isabs(cache)
+    directory = f"{cache}/guix/substitute" if absolute else f"{state}/substitute/cache"
     servers = Servers(daemon.threads, daemon.settings)
     narinfos = Narinfos(
         daemon.reactor,

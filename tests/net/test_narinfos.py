@@ -11,7 +11,9 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.formats.narinfocache import CacheEntry, directory_name
 from guixd.formats.path import StoreDirectory, StorePath
+from guixd.net.cachefiles import HOUSEKEEPING, CacheFiles
 from guixd.net.narinfos import DOWN, TTL_ABSENT, TTL_FOUND, Narinfos, Offer
 from guixd.net.requests import Answer
 from tests.support import temporary_directory
@@ -131,6 +133,34 @@ class NarinfosTests(SynchronousTestCase):
         self.assertEqual(self.lookups.asked, [f"{SERVER}/{path('b').hash_part}.narinfo"])
         self.assertEqual(sorted(os.listdir(directory)), ["a" * 32, "b" * 32])
         self.assertIn("#f", (directory / path("b").hash_part).read_text())
+
+    def test_false_files(self) -> None:
+        """U8, U15: a file about another item, or from a time to come, is no answer."""
+        now = 10**9
+        for letter, about, date in (("a", "b", now), ("c", "c", now + TTL_FOUND + 1)):
+            item = self.serve(letter)
+            entry = CacheEntry(SERVER, date, 3600, text(path(about)))
+            CacheFiles(self.directory).write(SERVER, {item.hash_part: entry})
+            self.assertEqual(set(self.find(item)), {item})
+            self.assertEqual(self.lookups.asked.pop(), f"{SERVER}/{item.hash_part}.narinfo")
+        self.assertEqual(self.lookups.asked, [])
+
+    def test_housekeeping(self) -> None:
+        """U15: old files go, also while the daemon runs for long."""
+        latest = Path(self.directory, "last-expiry-cleanup")
+        for day in (0, HOUSEKEEPING // 86400):
+            self.clock.advance(day * 86400)
+            self.find(self.serve("a"))
+            self.assertEqual(latest.read_text(), str(10**9 + day * 86400))
+            CacheFiles(self.directory).write(
+                "http://old", {"x": CacheEntry("http://old", 1, 1, None)}
+            )
+            old = Path(self.directory, directory_name("http://old"))
+            self.find(self.serve("b"))
+            self.assertTrue(old.exists())
+        self.clock.advance(HOUSEKEEPING)
+        self.find(self.serve("c"))
+        self.assertFalse(old.exists())
 
     def test_long_ones(self) -> None:
         """U8: what takes long to be read is read in a thread, while others are answered."""
