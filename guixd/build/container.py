@@ -14,7 +14,7 @@ from guixd.errors import SandboxError
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 from guixd.formats.trace import UnsupportedPlatform
-from guixd.sandbox.spec import Bind, File, Ids, SandboxSpec, UserNamespace
+from guixd.sandbox.spec import Base, Bind, File, Ids, SandboxSpec, UserNamespace
 from guixd.settings import Settings
 
 GUEST_UID = 30001
@@ -24,8 +24,9 @@ HOMELESS = "/homeless-shelter"
 
 _DEVICES = tuple(
     Bind(f"/dev/{name}", f"/dev/{name}", read_only=False, optional=True)
-    for name in ("full", "kvm", "null", "random", "tty", "urandom", "zero")
+    for name in ("full", "null", "random", "tty", "urandom", "zero")
 )
+_KVM = Bind("/dev/kvm", "/dev/kvm", read_only=False, optional=True)
 _DEVICE_LINKS = (
     ("/dev/fd", "/proc/self/fd"),
     ("/dev/stdin", "/proc/self/fd/0"),
@@ -78,7 +79,7 @@ def plan(
     inputs: Iterable[StorePath],
     *,
     build_directory: str,
-    root: str | None,
+    private: str | None,
     user: BuildUser | None,
     settings: Settings,
     cores: int,
@@ -89,8 +90,8 @@ def plan(
 
     :param inputs: the closure of all that the builder may see.
     :param build_directory: the build directory as the host names it.
-    :param root: the directory where `/` is mounted, with those that become /tmp and the
-        store beside it, see `Workspace`; `None` for no container.
+    :param private: the directory with those that become the store and /tmp, see
+        `Workspace`; `None` for no container.
     :param user: who runs the builder; `None` for the daemon's own user.
     :param cores: value of `NIX_BUILD_CORES`, 0 for all.
     :param allow_root: whether the daemon's own user may be root.
@@ -101,9 +102,9 @@ def plan(
         raise SandboxError(
             "plan", "no builds as root: the daemon needs '--build-users-group' or another user"
         )
-    if root is None and os.path.lexists(HOMELESS):
+    if private is None and os.path.lexists(HOMELESS):
         raise SandboxError("plan", f"'{HOMELESS}' exists, which builds must not find; remove it")
-    directory = build_directory if root is None else inner_directory(path)
+    directory = build_directory if private is None else inner_directory(path)
     fixed = derivation.has_fixed_outputs
     unsupported, foreign = _platform_texts(derivation, path, settings)
     return SandboxSpec(
@@ -112,18 +113,18 @@ def plan(
         environment=environment(derivation, directory, settings, cores, host.environment),
         directory=directory,
         store=settings.directories.store,
-        root=root,
-        files=() if root is None else _files(user, settings, fixed=fixed),
+        base=None if private is None else _base(user, settings),
+        files=() if private is None else _files(user, fixed=fixed),
         binds=(
             ()
-            if root is None
-            else _binds(derivation, inputs, build_directory, directory, root, settings)
+            if private is None
+            else _binds(derivation, inputs, build_directory, directory, private, settings)
         ),
-        devpts=not _maps(settings, "/dev", "/dev/pts"),
+        mounts=_late_mounts(settings),
         ids=None if user is None else Ids(user.uid, user.gid, user.groups),
         user_namespace=(
             UserNamespace(GUEST_UID, GUEST_GID, host.uid, host.gid, host.kvm_gid)
-            if root is not None and user is None
+            if private is not None and user is None
             else None
         ),
         loopback=not fixed or settings.isolate_host_loopback,
@@ -171,18 +172,42 @@ def _maps(settings: Settings, *targets: str) -> bool:
     return any(target in targets for target, _ in settings.chroot_directories)
 
 
-def _files(user: BuildUser | None, settings: Settings, *, fixed: bool) -> tuple[File, ...]:
-    uid, gid = (GUEST_UID, GUEST_GID) if user is None else (user.uid, user.gid)
-    return _standard_files(
-        uid,
+def root_directory(settings: Settings) -> str:
+    """Return the empty directory where `/` of containers is mounted, in their own namespaces."""
+    return settings.directories.state + "/container"
+
+
+def _base(user: BuildUser | None, settings: Settings) -> Base:
+    mapped = tuple(target for target, _ in settings.chroot_directories)
+    gid = None if user is None else user.gid
+    return _standard_base(root_directory(settings), gid, mapped)
+
+
+@lru_cache(maxsize=4)
+def _standard_base(root: str, gid: int | None, mapped: tuple[str, ...]) -> Base:
+    if "/dev" in mapped:
+        return Base(root, gid, mounts=("/proc",))
+    return Base(
+        root,
         gid,
-        hosts=not fixed,
-        devices=not _maps(settings, "/dev"),
+        files=tuple(File(name, "symlink", content=target) for name, target in _DEVICE_LINKS),
+        binds=tuple(device for device in _DEVICES if device.target not in mapped),
+        mounts=("/proc", "/dev/shm", *(("/dev/pts",) if "/dev/pts" not in mapped else ())),
     )
 
 
+def _late_mounts(settings: Settings) -> tuple[str, ...]:
+    """Return what is mounted below a /dev of the administrator."""
+    return ("/dev/shm",) if _maps(settings, "/dev") else ()
+
+
+def _files(user: BuildUser | None, *, fixed: bool) -> tuple[File, ...]:
+    uid, gid = (GUEST_UID, GUEST_GID) if user is None else (user.uid, user.gid)
+    return _standard_files(uid, gid, hosts=not fixed)
+
+
 @lru_cache(maxsize=64)
-def _standard_files(uid: int, gid: int, *, hosts: bool, devices: bool) -> tuple[File, ...]:
+def _standard_files(uid: int, gid: int, *, hosts: bool) -> tuple[File, ...]:
     passwd = (
         f"nixbld:x:{uid}:{gid}:Nix build user:/:/noshell\nnobody:x:65534:65534:Nobody:/:/noshell\n"
     )
@@ -192,9 +217,6 @@ def _standard_files(uid: int, gid: int, *, hosts: bool, devices: bool) -> tuple[
     ]
     if hosts:
         files.append(File("/etc/hosts", "file", 0o644, "127.0.0.1 localhost\n::1 localhost\n"))
-    if devices:
-        files += [File("/dev/shm", "directory"), File("/dev/pts", "directory")]
-        files += [File(name, "symlink", content=target) for name, target in _DEVICE_LINKS]
     return tuple(files)
 
 
@@ -203,7 +225,7 @@ def _binds(
     inputs: Iterable[StorePath],
     build_directory: str,
     directory: str,
-    root: str,
+    private: str,
     settings: Settings,
 ) -> tuple[Bind, ...]:
     """Return the mounts (spec: sandbox §5) sorted by target; later entries replace earlier."""
@@ -212,12 +234,12 @@ def _binds(
     def add(source: str, target: str, *, read_only: bool, optional: bool = False) -> None:
         binds[target] = Bind(source, target, read_only, optional)
 
-    if not _maps(settings, "/dev"):
-        binds.update((device.target, device) for device in _DEVICES)
+    if not _maps(settings, "/dev"):  # It may turn up at any time.
+        binds[_KVM.target] = _KVM
     if derivation.has_fixed_outputs:
         for name in _NETWORK_FILES:
             add(os.path.realpath(name), name, read_only=True, optional=True)
-    store, private = settings.directories.store, os.path.dirname(root)
+    store = settings.directories.store
     add(f"{private}/tmp", "/tmp", read_only=False)
     add(f"{private}/store", store, read_only=False)
     add(build_directory, directory, read_only=False)

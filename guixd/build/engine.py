@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from guixd.build.builtins import Builtins
 from guixd.build.cgroups import Cgroups, Unavailable, own_place
 from guixd.build.chains import rank
 from guixd.build.claims import Claims
-from guixd.build.container import Host
+from guixd.build.container import Host, root_directory
 from guixd.build.contents import is_intact
 from guixd.build.diskspace import DiskSpace
 from guixd.build.downloadtools import DownloadTools
@@ -74,6 +75,7 @@ class Engine:
         substitutes: Substitutes | None = None,
     ) -> None:
         self._users = users or pool_of(settings, reactor)
+        os.makedirs(root_directory(settings), exist_ok=True)
         builtins, host = None, Host.current()
         if fetcher is not None:
             is_valid = store.database.is_valid

@@ -23,13 +23,13 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from guixd.build.program import prepare
+from guixd.build.program import beginning, prepare
 from guixd.build.uplink import UplinkProtocol
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
 from guixd.interfaces import ILauncher
 from guixd.net.spawning import pair
-from guixd.sandbox.spec import SandboxSpec
+from guixd.sandbox.spec import Base, SandboxSpec
 
 _log = Logger()
 
@@ -283,6 +283,8 @@ class ZygoteLauncher:
     def __init__(self, reactor: IReactorFDSet) -> None:
         self._reactor = reactor
         self._zygote: Zygote | None = None
+        self._base: Base | None = None
+        """What the zygote begins containers with."""
         self._numbers = count(1)
         self._builders: dict[int, BuilderProcess] = {}
         self._users: dict[int, Deferred[None]] = {}
@@ -319,13 +321,17 @@ class ZygoteLauncher:
             self._reactor, protocol, lambda which: zygote.send(["signal", number, which])
         )
         try:
+            base = spec.base
+            if base is not None and base != self._base and not spec.filter:
+                zygote.send(["begin", 0], _memory_file(beginning(base)))
+                self._base = base
             program = _memory_file(prepare(number, spec))
         except OSError:
             os.close(builder.pipe.write_end)
             builder.pipe.close()
             raise
         self._builders[number] = builder
-        uid = spec.ids.uid if spec.ids is not None and spec.root is None else 0
+        uid = spec.ids.uid if spec.ids is not None and spec.base is None else 0
         request = ["spawn", number, _kind(spec), uid, not spec.filter]
         descriptors = builder.pipe.write_end, program, *(end.detach() for end in link)
         zygote.send(request, *descriptors)
@@ -414,7 +420,7 @@ class ZygoteLauncher:
             self._zygote.close()
 
     def _lost(self, _: None) -> None:
-        self._zygote = None
+        self._zygote = self._base = None
         builders, self._builders = self._builders, {}
         users, self._users = self._users, {}
         if self._stopping is None:
@@ -432,7 +438,7 @@ def _kind(spec: SandboxSpec) -> object:
     """Return which kind of process SPEC needs, see `guixd.sandbox.zygote`."""
     if spec.user_namespace is not None:
         return astuple(spec.user_namespace)
-    return "plain" if spec.root is None else "container"
+    return "plain" if spec.base is None else "container"
 
 
 def _memory_file(content: bytes) -> int:

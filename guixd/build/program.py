@@ -7,21 +7,23 @@ the directories to make are known.  Carried out by `guixd.sandbox.phases`.
 from __future__ import annotations
 
 import marshal
+from functools import lru_cache
 from typing import Any
 
 from guixd.sandbox import kernel
-from guixd.sandbox.spec import File, SandboxSpec
+from guixd.sandbox.spec import Base, File, SandboxSpec
 
 NETWORK = "network"
 """The phase in which a build gets its network; a build can do without."""
 _NEWCGROUP = 0x02000000
+_KINDS = {"/proc": "proc", "/dev/shm": "tmpfs"}
 Step = tuple[str, str, tuple[Any, ...]]
 """The name of a phase, a name in `guixd.sandbox.phases.CALLS`, and its arguments."""
 
 
 def prepare(number: int, spec: SandboxSpec) -> bytes:
     """Return the program of the build NUMBER, marshalled for the same Python."""
-    steps = _plain(spec) if spec.root is None else _container(spec, spec.root)
+    steps = _plain(spec) if spec.base is None else _container(spec, spec.base)
     if spec.cgroup:
         steps[:0] = [
             ("control group", "write_file", (f"{spec.cgroup}/cgroup.procs", "0")),
@@ -49,7 +51,7 @@ def _plain(spec: SandboxSpec) -> list[Step]:
     return [*steps, ("parent's death", "die_with_zygote", ())]
 
 
-def _container(spec: SandboxSpec, root: str) -> list[Step]:
+def _container(spec: SandboxSpec, base: Base) -> list[Step]:
     """Return the phases of a container (spec: sandbox §6) that depend on SPEC, in their order."""
     tree = _Tree()
     if not spec.loopback:  # Another network, whose `lo` is down.
@@ -59,24 +61,8 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
         tree.add(NETWORK, "offer_tap", uplink.ipv6, uplink.localnet, uplink.patience)
     if spec.filter:  # What has not been done for a process that keeps the network.
         tree.add("namespaces", "unshare", kernel.NEWNS | kernel.NEWIPC | kernel.NEWUTS)
-        private = kernel.MS_REC | kernel.MS_PRIVATE
-        tree.add("private mounts", "mount", b"none", b"/", "", private)
-    options = "mode=755" + (f",gid={spec.ids.gid}" if spec.ids is not None else "")
-    options += ",size=1m" if spec.filter else ""
-    tree.add("root directory", "mount", b"guixd", _bytes(root), "tmpfs", 0, options)
-    tree.add("root directory", "chdir", _bytes(root))
-    for file in spec.files:
-        tree.add_file("files", file)
-    for bind in spec.binds:
-        target = tree.add_parents("bind mounts", bind.target)
-        source = _bytes(bind.source)
-        tree.add("bind mounts", "bind", source, target, bind.read_only, bind.optional)
-    tree.add_mount("mount /proc", "/proc", "proc")
-    if spec.shm:
-        tree.add_mount("mount /dev/shm", "/dev/shm", "tmpfs")
-    if spec.devpts:
-        tree.add_parents("mount /dev/pts", "/dev/pts/")
-        tree.add("mount /dev/pts", "mount_pts")
+        tree.enter(base, ",size=1m")
+    tree.add_all(spec)
     tree.add("pivot root", "pivot")
     if not spec.filter:
         return tree.steps + _plain(spec)
@@ -89,12 +75,46 @@ def _container(spec: SandboxSpec, root: str) -> list[Step]:
     return tree.steps + _plain(spec) + last
 
 
+@lru_cache(maxsize=4)
+def beginning(base: Base) -> bytes:
+    """Return the phases of a container with BASE that come before those of any program."""
+    tree = _Tree()
+    spaces = kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS
+    tree.add("namespaces", "unshare", spaces)
+    tree.add("loopback", "bring_up_loopback")
+    tree.add("host names", "set_host_names", "localhost", "(none)")
+    tree.enter(base)
+    return marshal.dumps(tree.steps)
+
+
 class _Tree:
     """Steps, and which directories they make below the root."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self._made = {b""}
+
+    def enter(self, base: Base, options: str = "") -> None:
+        """Make the root directory, with OPTIONS of tmpfs, and what is in it in any case."""
+        # Fails in a process whose root is no mount point, such as below chroot(1).
+        private = kernel.MS_REC | kernel.MS_PRIVATE
+        self.add("private mounts", "mount", b"none", b"/", "", private)
+        root, phase = _bytes(base.root), "root directory"
+        options = "mode=755" + ("" if base.gid is None else f",gid={base.gid}") + options
+        self.add(phase, "mount", b"guixd", root, "tmpfs", 0, options)
+        self.add(phase, "chdir", root)
+        self.add_all(base)
+
+    def add_all(self, what: Base | SandboxSpec) -> None:
+        """Make the files and mounts of WHAT."""
+        for file in what.files:
+            self.add_file("files", file)
+        for bind in what.binds:
+            target = self.add_parents("bind mounts", bind.target)
+            source = _bytes(bind.source)
+            self.add("bind mounts", "bind", source, target, bind.read_only, bind.optional)
+        for name in what.mounts:
+            self.add_mount(f"mount {name}", name)
 
     def add(self, phase: str, call: str, *arguments: Any) -> None:
         self.steps.append((phase, call, arguments))
@@ -112,9 +132,13 @@ class _Tree:
         self._made.update(missing)
         return path
 
-    def add_mount(self, phase: str, name: str, kind: str) -> None:
-        """Mount a new file system of KIND."""
-        self.add(phase, "mount", b"none", self.add_parents(phase, name + "/")[:-1], kind)
+    def add_mount(self, phase: str, name: str) -> None:
+        """Mount a file system of the kernel."""
+        path = self.add_parents(phase, name + "/")[:-1]
+        if name == "/dev/pts":
+            self.add(phase, "mount_pts")
+        else:
+            self.add(phase, "mount", b"none", path, _KINDS[name])
 
     def add_file(self, phase: str, file: File) -> None:
         """Make FILE."""

@@ -173,7 +173,7 @@ class Trial:
             job.path,
             inputs,
             build_directory=workspace.build_directory,
-            root=workspace.root,
+            private=workspace.chroot,
             user=self._user,
             settings=shop.settings,
             cores=job.options.cores,

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from guixd.errors import GuixdError
-from guixd.sandbox.spec import Bind, File, SandboxSpec, Uplink
+from guixd.sandbox.spec import Base, Bind, File, SandboxSpec, Uplink
 from guixd.uplink.devices import DEVICE, LINK, NAME_SERVER, ROUTER, ROUTER6, TAP
 from guixd.uplink.filter import filter_for
 
@@ -101,10 +101,9 @@ def _jail(spec: SandboxSpec, program: str, options: tuple[str, ...], seccomp: by
         environment=(),
         directory="/",
         store="",
-        root=spec.root,
+        base=None if spec.base is None else Base(spec.base.root, spec.base.gid),
         binds=tuple(binds),
-        devpts=False,
-        shm=False,
+        mounts=("/proc",),
         ids=None if spec.ids is None else replace(spec.ids, groups=()),
         user_namespace=None if user is None else replace(user, kvm_gid=None),
         personality=0,

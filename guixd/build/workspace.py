@@ -40,9 +40,8 @@ class Workspace:
     :ivar outside: name of the build tree, `TMP/guix-build-NAME-N`.
     :ivar build_directory: where the builder works, as the host names it.
     :ivar chroot: a directory that only the daemon can enter; `None` without a container.
-    :ivar root: an empty directory in it where `/` is mounted.
-    :ivar store: what the builder finds as the store directory, likewise.
-    :ivar tmp: what it finds as /tmp.
+    :ivar store: a directory in it, which the builder finds as the store directory.
+    :ivar tmp: likewise what it finds as /tmp.
     """
 
     outside: str
@@ -101,10 +100,6 @@ class Workspace:
             raise
         store_fd = opened[2] if use_chroot else -1
         return cls(outside, build_directory, chroot, opened[0], opened[1], store_fd)
-
-    @property
-    def root(self) -> str | None:
-        return self.chroot and f"{self.chroot}/{_TOP}"
 
     @property
     def store(self) -> str | None:
@@ -220,7 +215,6 @@ def _make_chroot(chroot: str, user: BuildUser | None) -> int:
         os.mkdir(chroot, 0o750)
     above = _open_own(chroot, None, 0o750)
     try:
-        os.mkdir(_TOP, 0o700, dir_fd=above)
         os.mkdir(_TMP, 0o700, dir_fd=above)
         os.close(_open_own(_TMP, above, 0o1777))
         os.mkdir(_STORE, 0o700, dir_fd=above)

@@ -34,21 +34,22 @@ WAITING = "guixd-waiting"
 """Name of a process that has no build yet."""
 
 
-def serve(orders: socket.socket, contained: bool) -> NoReturn:
+def serve(orders: socket.socket, beginning: Sequence[tuple[str, str, Sequence[Any]]]) -> NoReturn:
     """Prepare this process for a build, wait for its program, and exec the builder.
 
     The program comes with the descriptor of the builder's output.  The daemon is told
     of success, or of the phase that failed; then the exit status is 1.
 
     :param orders: where the program comes from; its end ends the process.
-    :param contained: whether the build gets a container.
+    :param beginning: what to do before it comes, in the form of a program's steps.
     """
     failure: BaseException | None = None
     phase = "descriptors"
+    os.umask(0)
     try:
         _detach(orders.fileno())
-        for phase, function in CONTAINED if contained else PLAIN:  # noqa: B007
-            function()
+        for phase, call, arguments in (*PLAIN, *beginning):  # noqa: B007
+            CALLS[call](*arguments)
     except BaseException as error:  # noqa: BLE001
         failure = error
         orders.shutdown(socket.SHUT_RD)  # Who has no program for it yet shall take another.
@@ -67,7 +68,6 @@ def serve(orders: socket.socket, contained: bool) -> NoReturn:
             os.close(log)
             for descriptor in link:
                 devices.move(descriptor, devices.LINK)
-            os.umask(0)
             for phase, call, arguments in steps:  # noqa: B007
                 CALLS[call](*arguments)
             os.umask(0o022)
@@ -128,30 +128,10 @@ def _die_with_zygote() -> None:
         os._exit(1)
 
 
-def _namespaces() -> None:
-    kernel.unshare(kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS)
-
-
-def _host_names() -> None:
-    kernel.set_host_names("localhost", "(none)")
-
-
-def _private_mounts() -> None:
-    # Fails in a process whose root is no mount point, such as below chroot(1).
-    kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
-
-
-PLAIN: Sequence[tuple[str, Callable[[], None]]] = (
-    ("parent's death", _die_with_zygote),
-    ("keyring", _keyring),
-    ("out-of-memory score", _out_of_memory),
-)
-CONTAINED = (
-    *PLAIN,
-    ("namespaces", _namespaces),
-    ("loopback", devices.bring_up_loopback),
-    ("host names", _host_names),
-    ("private mounts", _private_mounts),
+PLAIN: Sequence[tuple[str, str, tuple[()]]] = (
+    ("parent's death", "die_with_zygote", ()),
+    ("keyring", "keyring", ()),
+    ("out-of-memory score", "out_of_memory", ()),
 )
 
 
@@ -247,11 +227,12 @@ def _lock_mounts(uid: int) -> None:
 
 
 _OF_OS = os.chdir, os.chmod, os.symlink
-_OF_KERNEL = kernel.mount, kernel.set_ids, kernel.set_personality, kernel.unshare, kernel.write_file
-_OF_UPLINK = devices.offer_tap, devices.take_tap, filter.install_filter
-_OWN = _bind, _die_with_zygote, _lock_mounts, _make_directory, _make_file, _mount_pts
+_OF_KERNEL = kernel.mount, kernel.set_host_names, kernel.set_ids, kernel.set_personality
+_OF_UPLINK = devices.bring_up_loopback, devices.offer_tap, devices.take_tap, filter.install_filter
+_OWN = _bind, _die_with_zygote, _keyring, _lock_mounts, _make_directory, _make_file, _mount_pts
+_MORE = kernel.unshare, kernel.write_file, _out_of_memory, _pivot
 CALLS: Mapping[str, Callable[..., Any]] = {
-    call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OF_UPLINK, *_OWN, _pivot)
+    call.__name__.lstrip("_"): call for call in (*_OF_OS, *_OF_KERNEL, *_OF_UPLINK, *_OWN, *_MORE)
 }
 
 

@@ -71,6 +71,21 @@ class Uplink:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What containers begin with, whatever is built: made before anything is known of that."""
+
+    root: str
+    """A directory where a file system of its own is mounted that becomes `/`."""
+    gid: int | None = None
+    """The group of `/`; None: that of the process."""
+    files: tuple[File, ...] = ()
+    """Made below the root, in this order; names as the builder will see them."""
+    binds: tuple[Bind, ...] = ()
+    mounts: tuple[str, ...] = ()
+    """File systems of the kernel, of `/proc`, `/dev/shm` and `/dev/pts` (if the host can)."""
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """A builder and all that it will see."""
 
@@ -82,16 +97,14 @@ class SandboxSpec:
     directory: str
     """Working directory, as the builder names it."""
     store: str
-    root: str | None = None
-    """Where a file system of its own is mounted that becomes `/`; None: no container."""
+    base: Base | None = None
+    """None runs without a container."""
     files: tuple[File, ...] = ()
-    """Made below the root, in this order; names as the builder will see them."""
+    """Made below the root after those of `base`."""
     binds: tuple[Bind, ...] = ()
     """Sorted by target."""
-    devpts: bool = True
-    """Whether to mount /dev/pts and /dev/ptmx if the host can."""
-    shm: bool = True
-    """Whether to mount a tmpfs at /dev/shm."""
+    mounts: tuple[str, ...] = ()
+    """What is mounted after the binds."""
     ids: Ids | None = None
     """None keeps the ids of the daemon."""
     user_namespace: UserNamespace | None = None

@@ -6,6 +6,7 @@ with all done that no build differs in (see `guixd.sandbox.phases`).  A packet i
 list.
 
 Requests, with the descriptors that come along:
+    ["begin", 0]              a file with the steps that containers begin with from now on
     ["spawn", id, kind, uid, own]
                               the builder's log; a file with its program; maybe a socket to
                               another process (see `guixd.uplink`)
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import gc
 import json
+import marshal
 import os
 import resource
 import select
@@ -103,6 +105,8 @@ class _Zygote:
         """Process ids of running builders by the number of the build."""
         self._kind: _Kind | None = None
         """Of the processes that wait."""
+        self._beginning: Sequence[Any] = ()
+        """What containers begin with."""
         self._waiting: dict[int, socket.socket] = {}
         """Where the processes that wait get their programs, by process id."""
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
@@ -140,7 +144,10 @@ class _Zygote:
             return False
         what, number, *arguments = json.loads(data)
         try:
-            if what == "spawn":
+            if what == "begin":
+                self._dismiss()
+                self._beginning = marshal.loads(kernel.read_all(os.dup(descriptors[0])))
+            elif what == "spawn":
                 self._spawn(descriptors, number, *arguments)
             elif what == "signal":
                 self._signal(number, *arguments)
@@ -204,7 +211,7 @@ class _Zygote:
 
             def become() -> None:
                 signal.set_wakeup_fd(-1)
-                phases.serve(theirs, own and kind != "plain")
+                phases.serve(theirs, self._beginning if own and kind != "plain" else ())
 
             if isinstance(kind, UserNamespace):
                 pid = _fork_user(kind, become)

@@ -38,7 +38,7 @@ def derivation(fixed: bool = False, **changes: Any) -> Derivation:
 def planned(drv: Derivation | None = None, **changes: Any) -> SandboxSpec:
     options: dict[str, Any] = {
         "build_directory": "/tmp/guix-build-hello.drv-7/top",
-        "root": DRV + ".chroot/top",
+        "private": DRV + ".chroot",
         "user": USER,
         "settings": SETTINGS,
         "cores": 4,
@@ -71,10 +71,10 @@ class PlanTests(SynchronousTestCase):
 
     def test_without_container(self) -> None:
         """X36: nothing is made or mounted."""
-        spec = planned(root=None, build_directory="/tmp/guix-build-hello.drv-7")
-        self.assertEqual((spec.root, spec.files, spec.binds), (None, (), ()))
+        spec = planned(private=None, build_directory="/tmp/guix-build-hello.drv-7")
+        self.assertEqual((spec.base, spec.files, spec.binds), (None, (), ()))
         self.assertEqual(spec.directory, "/tmp/guix-build-hello.drv-7")
-        self.assertIsNone(planned(root=None, user=None).user_namespace)
+        self.assertIsNone(planned(private=None, user=None).user_namespace)
 
     def test_binds(self) -> None:
         """X5, X26: sorted by target, outputs left out, what is of the store read-only."""
@@ -99,7 +99,14 @@ class PlanTests(SynchronousTestCase):
         spec = planned(settings=replace(SETTINGS, chroot_directories=(("/dev", "/dev"),)))
         names = [file.path for file in spec.files] + [bind.target for bind in spec.binds]
         self.assertEqual([name for name in names if name.startswith("/dev")], ["/dev"])
-        self.assertFalse(spec.devpts)
+        assert spec.base is not None
+        self.assertEqual((spec.base.files, spec.base.binds), ((), ()))
+        self.assertEqual((spec.base.mounts, spec.mounts), (("/proc",), ("/dev/shm",)))
+        spec = planned(settings=replace(SETTINGS, chroot_directories=(("/dev/null", "/x"),)))
+        assert spec.base is not None
+        self.assertNotIn("/dev/null", [bind.target for bind in spec.base.binds])
+        self.assertIn("/dev/zero", [bind.target for bind in spec.base.binds])
+        self.assertIn(Bind("/x", "/dev/null", False), spec.binds)
 
     def test_fixed_output(self) -> None:
         """X28: the host's network files; `lo` only if the host is isolated."""

@@ -53,12 +53,12 @@ class WorkspaceTests(_Workspaces):
         workspace = self.create(graph=b"text")
         self.assertEqual(workspace.outside, self.outside)
         self.assertEqual(workspace.build_directory, self.outside + "/top")
-        self.assertEqual(workspace.root, self.drv + ".chroot/top")
+        self.assertEqual(workspace.chroot, self.drv + ".chroot")
         modes = [mode(name) for name in (workspace.outside, workspace.build_directory)]
         self.assertEqual(modes, [RUNNING, 0o700])
         self.assertEqual(mode(self.drv + ".chroot"), 0o750)
-        own = (workspace.root, workspace.store, workspace.tmp)
-        self.assertEqual([mode(str(name)) for name in own], [0o700, 0o1775, 0o1777])
+        own = (workspace.store, workspace.tmp)
+        self.assertEqual([mode(str(name)) for name in own], [0o1775, 0o1777])
         self.assertEqual(mode(self.outside + "/top/graph"), 0o644)
         workspace.remove()
         workspace.remove()
@@ -69,7 +69,7 @@ class WorkspaceTests(_Workspaces):
         """X18: without a container the builder reaches its directory by name."""
         workspace = self.create(False, graph=b"text")
         self.assertEqual(workspace.build_directory, self.outside)
-        self.assertIsNone(workspace.root)
+        self.assertIsNone(workspace.chroot)
         self.assertEqual(os.listdir(self.outside), ["graph"])
 
     def test_taken_names(self) -> None:
@@ -82,10 +82,10 @@ class WorkspaceTests(_Workspaces):
 
     def test_stale_chroot(self) -> None:
         """X18: what an earlier build left in the way is deleted."""
-        os.makedirs(self.drv + ".chroot/top/old")
-        root = self.create().root
-        assert root is not None
-        self.assertEqual(os.listdir(root), [])
+        os.makedirs(self.drv + ".chroot/store/old")
+        store = self.create().store
+        assert store is not None
+        self.assertEqual(os.listdir(store), [])
 
     def test_failure(self) -> None:
         """X25: when not all can be made, nothing is left."""

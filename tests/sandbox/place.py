@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 import guixd.build.zygote
-from guixd.build.container import Host, plan
+from guixd.build.container import Host, plan, root_directory
 from guixd.build.launcher import BuilderProcess, ZygoteLauncher
 from guixd.build.users import BuildUser
 from guixd.build.workspace import Workspace
@@ -35,8 +35,8 @@ _BOOT_AS = (
 
 
 def free_uid() -> int:
-    """Return the first of 32 uids that nobody uses, others in each test process."""
-    return 1_000_000_000 + 32 * os.getpid()
+    """Return the first of 256 uids that nobody uses, others in each test process."""
+    return 1_000_000_000 + 256 * os.getpid()
 
 
 class Recorder(ProcessProtocol):
@@ -131,6 +131,7 @@ class Place:
             temporary=self.directory + "/tmp",
         )
         self.settings = Settings(directories=directories)
+        os.mkdir(root_directory(self.settings))
         self.busybox = self.item("busybox")
         os.mkdir(self.busybox)
         shutil.copy(BUSYBOX, self.busybox + "/busybox")
@@ -196,7 +197,7 @@ class Place:
         )
         self.case.addCleanup(workspace.remove)
         if self.user is None and os.geteuid() == 0:
-            own = workspace.root, workspace.store, workspace.tmp
+            own = workspace.store, workspace.tmp
             for name in (workspace.outside, workspace.build_directory, workspace.chroot, *own):
                 os.chown(str(name), self.host.uid, self.host.gid)
         spec = plan(
@@ -204,7 +205,7 @@ class Place:
             path,
             (self.busybox, *inputs),
             build_directory=workspace.build_directory,
-            root=workspace.root,
+            private=workspace.chroot,
             user=user,
             settings=self.settings,
             cores=cores,

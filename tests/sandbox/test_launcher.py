@@ -19,12 +19,12 @@ from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from guixd.build.program import prepare
+from guixd.build.program import beginning, prepare
 from guixd.errors import SandboxError
 from guixd.formats.path import StoreDirectory
 from guixd.sandbox import kernel
 from guixd.sandbox.phases import CALLS
-from guixd.sandbox.spec import Bind, File, Ids, SandboxSpec, Uplink, UserNamespace
+from guixd.sandbox.spec import Base, Bind, File, Ids, SandboxSpec, Uplink, UserNamespace
 from tests.sandbox.place import BUSYBOX, Place, free_uid
 from tests.support import requires_root, requires_user_namespaces
 
@@ -34,10 +34,27 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def pidfds_of(pid: int) -> list[int]:
+    """Return descriptors of the children of PID; some may have ended meanwhile."""
+    found = []
+    for child in children_of(pid):
+        with contextlib.suppress(ProcessLookupError):
+            found.append(os.pidfd_open(child))
+    return found
+
+
+def name_of(pid: int) -> str:
+    """Return the name of the process PID; nothing if there is none any more."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def builders_of(pid: int) -> list[int]:
     """Return the process ids of the builders of a zygote, without processes that wait."""
-    names = {child: Path(f"/proc/{child}/comm").read_text() for child in children_of(pid)}
-    return [child for child, name in names.items() if not name.startswith("guixd-")]
+    names = {child: name_of(child) for child in children_of(pid)}
+    return [child for child, name in names.items() if name and not name.startswith("guixd-")]
 
 
 def descriptors_of(pid: int) -> list[str]:
@@ -156,13 +173,14 @@ class _WithLauncher:
         await self.place.run("true")
         zygote = self.place.launcher.zygote_pid
         for _ in range(2):
-            for child in children_of(zygote):
-                with os.fdopen(os.pidfd_open(child)) as pidfd:
-                    os.kill(child, signal.SIGKILL)
-                    select.select([pidfd], [], [], 60)
+            for pidfd in pidfds_of(zygote):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], 60)
+                os.close(pidfd)
             self.assertEqual((await self.place.run("echo again")).lines, ["again"])
         _, recorder = await self.place.spawn(self.spec("$b sleep 1000"))
-        left = [os.pidfd_open(child) for child in children_of(zygote)]
+        left = pidfds_of(zygote)
         os.kill(zygote, signal.SIGKILL)
         await recorder.ended
         for pidfd in left:
@@ -332,6 +350,9 @@ class PlainUserTests(_WithLauncher, TestCase):
 
     async def test_left_processes(self) -> None:
         """X21: with a user, what left the builder's session is killed when that has ended."""
+        assert self.place.user is not None
+        # Those of other tests may not have been waited for by whoever inherited them.
+        self.place.user = replace(self.place.user, uid=free_uid() + 100)
         for script, alone in ("echo 1", True), (_LEAVES, False):
             process, recorder = await self.place.spawn(self.spec(script))
             await recorder.ended
@@ -353,9 +374,10 @@ class ProgramTests(SynchronousTestCase):
             (("A", "\n"),),
             "/d",
             "/s",
-            "/r",
+            Base("/r", 2),
             (File("/a/f", "file", 0o600, "\udcfe"), File("/a", "directory", 0o2711)),
             (Bind("/a", "/a/b/c", False, True),),
+            ("/dev/shm", "/dev/pts"),
             ids=Ids(1, 2, (3,)),
             user_namespace=UserNamespace(1, 2, 3, 4, 5),
             loopback=False,
@@ -370,10 +392,8 @@ class ProgramTests(SynchronousTestCase):
             phases,
             [
                 "loopback",
-                "root directory",
                 "files",
                 "bind mounts",
-                "mount /proc",
                 "mount /dev/shm",
                 "mount /dev/pts",
                 "pivot root",
@@ -384,8 +404,6 @@ class ProgramTests(SynchronousTestCase):
                 "parent's death",
             ],
         )
-        root = b"guixd", b"/r", "tmpfs", 0, "mode=755,gid=2"
-        self.assertIn(("root directory", "mount", root), steps)
         self.assertLessEqual({call for _, call, _ in steps}, set(CALLS))
         self.assertEqual(
             [(call, *arguments) for phase, call, arguments in steps if phase == "files"],
@@ -400,9 +418,33 @@ class ProgramTests(SynchronousTestCase):
             [("make_directory", b"a/b"), ("bind", b"/a", b"a/b/c", False, True)],
         )
 
+    def test_beginning(self) -> None:
+        """X1, X4, X6: what is in each container is there first; phases have their names."""
+        file, bind = File("/dev/x", "symlink", content="y"), Bind("/null", "/dev/null", False)
+        base = Base("/r", 2, (file,), (bind,), ("/proc", "/dev/shm", "/dev/pts"))
+        steps = marshal.loads(beginning(base))
+        self.assertEqual(
+            [phase for phase, _ in groupby(steps, key=lambda step: step[0])],
+            [
+                "namespaces",
+                "loopback",
+                "host names",
+                "private mounts",
+                "root directory",
+                "files",
+                "bind mounts",
+                "mount /proc",
+                "mount /dev/shm",
+                "mount /dev/pts",
+            ],
+        )
+        self.assertLessEqual({call for _, call, _ in steps}, set(CALLS))
+        root = b"guixd", b"/r", "tmpfs", 0, "mode=755,gid=2"
+        self.assertIn(("root directory", "mount", root), steps)
+
     def test_uplink(self) -> None:
         """X29: the network comes before any file; who moves packets is under its filter at last."""
-        jail = SandboxSpec("/p", ("p",), (), "/", "", "/r", ids=Ids(1, 2), filter=b"f")
+        jail = SandboxSpec("/p", ("p",), (), "/", "", Base("/r", 2), ids=Ids(1, 2), filter=b"f")
         spec = replace(jail, filter=b"", loopback=False, uplink=Uplink(jail, True, False))
         steps = marshal.loads(prepare(1, spec))[1]
         self.assertEqual(steps[0], ("loopback", "unshare", (kernel.NEWNET,)))
@@ -422,7 +464,7 @@ class ProgramTests(SynchronousTestCase):
         store = StoreDirectory("/s")
         path = store.child("0" * 32 + "-b")
         spec = SandboxSpec(
-            path, (path,), ((path, path),), path, path, path, (), (Bind(path, path),)
+            path, (path,), ((path, path),), path, path, Base(path), (), (Bind(path, path),)
         )
         self.assertIn(path.encode(), prepare(1, spec))
 
