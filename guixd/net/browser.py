@@ -54,7 +54,7 @@ def main(control: int) -> NoReturn:
         import zeroconf.asyncio  # noqa: F401
     except ImportError:
         _break(end, "the Python package 'zeroconf' is not installed")
-    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
+    logging.disable()  # Who sends nonsense shall not fill the daemon's log.
     with suppress(OSError):
         os.nice(10)
     try:

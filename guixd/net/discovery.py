@@ -19,7 +19,8 @@ from guixd.net.spawning import pair, start_helper
 _log = Logger()
 
 RETRY = 60.0
-"""Seconds until the process is started again that has died."""
+"""Seconds until the process is started again that has died; longer each time, up to `LONGEST`."""
+LONGEST = 3600.0
 _BOOT = (
     "import sys; sys.path[:] = sys.argv[2:]; "
     "from guixd.net.browser import main; main(int(sys.argv[1]))"
@@ -45,6 +46,8 @@ class Discovery:
         self._process: subprocess.Popen[bytes] | None = None
         self._ended: Deferred[None] = succeed(None)
         self._timer: IDelayedCall | None = None
+        self._started = 0.0
+        self._wait = 0.0
         self._useless = False
 
     @property
@@ -55,6 +58,7 @@ class Discovery:
     def start(self) -> None:
         """Start it."""
         self._timer = None
+        self._started = self._reactor.seconds()
         ours, theirs = pair()
         environ = {name: self._environ[name] for name in _KEPT_VARIABLES if name in self._environ}
         with theirs:
@@ -89,13 +93,16 @@ class Discovery:
         return self._ended
 
     def _fail(self, why: str) -> None:
+        lived = self._reactor.seconds() - self._started
+        wait = RETRY if lived > LONGEST else max(self._wait, RETRY)
+        self._wait = min(2 * wait, LONGEST)
         _log.error(
             "no servers are found in the local network for {seconds} seconds, as the process"
             " that does it cannot: {why}",
-            seconds=int(RETRY),
+            seconds=int(wait),
             why=why,
         )
-        self._timer = self._reactor.callLater(RETRY, self.start)
+        self._timer = self._reactor.callLater(wait, self.start)
 
     def _received(self, message: list[Any], data: bytes, descriptors: list[int]) -> None:
         for descriptor in descriptors:

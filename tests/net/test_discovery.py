@@ -10,6 +10,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import DeferredQueue
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.net import discovery
@@ -135,6 +136,23 @@ class ProcessTests(DiscoveryCase):
         self.assertEqual(self.discovery.pid, 0)
         self.assertIsNone(self.discovery._timer)
         self.assertIn("'zeroconf' is not installed", warnings[0])
+
+    def test_never_starts(self) -> None:
+        """It is tried again, but not often."""
+        clock, waits = Clock(), []
+
+        def start_helper(*_: object) -> None:
+            raise OSError("no more processes")
+
+        self.patch(discovery, "start_helper", start_helper)
+        self.patch(discovery._log, "error", lambda *_, seconds, why: waits.append(seconds))
+        tried = Discovery(clock, {}, lambda _: None)
+        tried.start()
+        for _ in range(7):
+            clock.advance(waits[-1])
+        self.assertEqual(waits, [60, 120, 240, 480, 960, 1920, 3600, 3600])
+        tried.stop()
+        self.assertEqual(clock.getDelayedCalls(), [])
 
     async def test_nonsense(self) -> None:
         """What it tells that makes no sense is its end, and not the daemon's."""
