@@ -24,6 +24,8 @@ STALL = 15.0
 DEPTH = 32
 """Requests on the way on each connection that has answered one before."""
 _TRIES = 3
+_MOST_SERVERS = 500
+"""So many are known when those with nothing to do are forgotten."""
 _MOST_REDIRECTS = 5
 _MAX_AGE = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,10})(?:$|[,\s])")
 
@@ -93,6 +95,11 @@ class _Server:
         self._relieved: set[Connection] = set()
         """Those that said nothing, and whose questions were taken from them."""
         self._timer: IDelayedCall | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for it, or will."""
+        return bool(self._waiting or self._connections or self._opening)
 
     def ask(self, question: _Question) -> None:
         """Put QUESTION to the server when there is room."""
@@ -254,6 +261,8 @@ class Lookups:
             question.redirects = redirects
             server = self._servers.get(way)
             if server is None:
+                if len(self._servers) >= _MOST_SERVERS:
+                    self._servers = {w: s for w, s in self._servers.items() if s.busy}
                 server = self._servers[way] = _Server(self, way)
             server.ask(question)
             asked[question] = server

@@ -44,12 +44,15 @@ TIDYING = 24 * 3600.0
 MOST_KEPT = 48 << 20
 """Bytes of narinfos in memory, more or less."""
 _COST = 512
-"""Bytes that an answer needs besides its text."""
+_COST_OF_REFERENCE = 160
+"""Bytes that an answer, and each reference in it, needs besides its text."""
 _AT_ONCE = 256
 """How many answers are read from files in one step of a thread."""
 
 _LONG = 16 << 10
 """Bytes of an answer that takes too long to be read in the reactor's thread."""
+MOST_WAITING = 64 << 20
+"""Bytes of such answers that may wait; more come from nobody but who means harm."""
 
 Tell = Callable[[str], object]
 """Gets a line for the user."""
@@ -131,6 +134,8 @@ class Narinfos:
         self._asked: dict[_Key, list[Deferred[Narinfo | None]]] = {}
         self._down: dict[str, tuple[float, str]] = {}
         self._tidy_from = 0.0
+        self._waiting = 0
+        """Bytes of answers that are to be read in threads."""
 
     async def find(
         self, paths: Collection[StorePath], servers: Sequence[str], tell: Tell = lambda line: None
@@ -266,7 +271,12 @@ class Narinfos:
                 to_keep[path.hash_part] = entry
 
         async def take_long(path: StorePath, answer: Answer) -> None:
-            take(path, answer, await self._threads(self._read, answer.body, path))
+            self._waiting += len(answer.body)
+            try:
+                found = await self._threads(self._read, answer.body, path)
+            finally:
+                self._waiting -= len(answer.body)
+            take(path, answer, found)
 
         def answered(index: int, answer: Answer) -> None:
             path = paths[index]
@@ -277,7 +287,7 @@ class Narinfos:
                 take(path, answer, None)
             elif len(answer.body) < _LONG:
                 take(path, answer, self._read(answer.body, path))
-            else:
+            elif self._waiting < MOST_WAITING:
                 reading.append(Deferred.fromCoroutine(take_long(path, answer)))
 
         for key in (_host(server), server):
@@ -323,7 +333,9 @@ class Narinfos:
         old = self._kept.pop(key, None)
         if old is not None:
             self._cost -= old.cost
-        self._kept[key] = kept = _Kept(expiry, found, size + _COST)
+        references = 0 if found is None else len(found.references)
+        cost = size + _COST + _COST_OF_REFERENCE * references
+        self._kept[key] = kept = _Kept(expiry, found, cost)
         self._cost += kept.cost
         while self._cost > MOST_KEPT:
             self._cost -= self._kept.pop(next(iter(self._kept))).cost

@@ -9,11 +9,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import TestCase
 
+from guixd.net import lookups
 from guixd.net.connections import Connection, Connections
 from guixd.net.lookups import CONNECTIONS, STALL, Lookups
 from guixd.net.proxies import Proxies
 from guixd.net.requests import Answer
-from tests.net.servers import Asked, Server, answer
+from tests.net.servers import Asked, Server, always, answer
 
 
 class _Recorded(Connections):
@@ -130,3 +131,15 @@ class StallTest(TestCase):
             await deferLater(reactor, 0)
         kinds = [each.kind for each in self.answers.values()]
         self.assertEqual((kinds.count(""), self.answers[1].kind), (49, "timeout"))
+
+    async def test_many_servers(self) -> None:
+        """U11: whoever names ever more servers does not make it remember them all."""
+        self.patch(lookups, "_MOST_SERVERS", 3)
+        for number in range(10):
+            self.answers.clear()
+            self.done = Deferred()
+            self.ask(Server(self, always(answer(b"x")), f"127.0.0.{number + 1}"), 2)
+            await self.done
+            self.assertEqual([each.body for each in self.answers.values()], [b"x"] * 2)
+            await deferLater(reactor, 0)
+            self.assertLessEqual(len(self.lookups._servers), 3)

@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.formats.narinfocache import CacheEntry, directory_name
 from guixd.formats.path import StoreDirectory, StorePath
+from guixd.net import narinfos
 from guixd.net.cachefiles import HOUSEKEEPING, CacheFiles
 from guixd.net.narinfos import DOWN, TTL_ABSENT, TTL_FOUND, Narinfos, Offer
 from guixd.net.requests import Answer
@@ -184,6 +185,31 @@ class NarinfosTests(SynchronousTestCase):
         held[0]()
         self.assertEqual(len(self.successResultOf(found[0])[item].narinfo.references), 5)
         self.assertEqual(len(held), 1)
+
+    def test_floods(self) -> None:
+        """U8: long answers that come faster than they can be read are as good as none."""
+        self.patch(narinfos, "MOST_WAITING", 100 << 10)
+        items = [self.serve(letter) for letter in "abcdfgh"]
+        for item in items:
+            url = f"{SERVER}/{item.hash_part}.narinfo"
+            self.lookups.known[url] = Answer(200, text(item, " " * (50 << 10)), None)
+        held: list[Deferred[Any]] = []
+
+        def threads(function: Callable[..., Any], *arguments: Any) -> Deferred[Any]:
+            done: Deferred[Any] = maybeDeferred(function, *arguments)
+            if function.__name__ == "_read":
+                done.pause()
+                held.append(done)
+            return done
+
+        self.narinfos = self.make(threads)
+        found = Deferred.fromCoroutine(self.narinfos.find(items, [SERVER]))
+        self.assertEqual(len(held), 2)
+        for done in held:
+            done.unpause()
+        self.assertEqual(set(self.successResultOf(found)), set(items[:2]))
+        self.narinfos._threads = maybeDeferred  # the rest was not remembered
+        self.assertEqual(set(self.find(*items)), set(items))
 
     def test_another_item(self) -> None:
         """U8: an answer about something else is none, and is not kept in a file."""
