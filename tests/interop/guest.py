@@ -2,8 +2,8 @@
 
 The guest lies in `$GUIXD_GUEST_DIR/sid` (default ~/.cache/guixd/guest/sid) and is made
 once, as root, with mmdebstrap from the Debian archive that this machine's apt uses.
-Nothing is changed in it afterwards: commands see it through a view of their own, see
-view.py.  CI must be able to make it; elsewhere tests that need it are skipped without.
+Nothing but packages is added to it afterwards: commands see it through a view of their own,
+see view.py.  CI must be able to make it; elsewhere tests that need it are skipped without.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support import is_root, requires
 
 PACKAGES = (
     "guix", "ca-certificates", "busybox-static", "mount", "util-linux",
-    "git", "slirp4netns", "lzip", "zstd", "sqlite3",
+    "git", "slirp4netns", "lzip", "zstd", "sqlite3", "guile-zstd",
 )  # fmt: skip
 BUILD_USERS = range(30001, 30011)
 BUILD_GROUP = 30000
@@ -81,7 +81,16 @@ def _make(root: Path) -> None:
         for uid, name in zip(BUILD_USERS, members, strict=True):
             passwd.write(f"{name}:x:{uid}:{BUILD_GROUP}:build user:/var/empty:/usr/sbin/nologin\n")
         passwd.write(f"guixtest:x:{PLAIN_USER}:{PLAIN_USER}::/home/guixtest:/bin/sh\n")
-    (root / ".complete").touch()
+    (root / ".complete").write_text(" ".join(PACKAGES))
+
+
+def _add_packages(root: Path) -> None:
+    """Install what has been added to PACKAGES since the guest was made."""
+    install = "apt-get -qy --no-install-recommends install " + " ".join(PACKAGES)
+    command = f"apt-get -q -o Acquire::Check-Valid-Until=false update && {install}"
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["chroot", str(root), "sh", "-c", command], check=True, env=environment)
+    (root / ".complete").write_text(" ".join(PACKAGES))
 
 
 @cache
@@ -94,8 +103,11 @@ def root() -> Path:
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / "sid/.complete").exists():
+        complete = place / "sid/.complete"
+        if not complete.exists():
             _make(place / "sid")
+        elif complete.read_text() != " ".join(PACKAGES):
+            _add_packages(place / "sid")
     return place.resolve() / "sid"
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -16,20 +17,31 @@ from tests.interop.guest import requires_guest
 from tests.interop.place import CLIENT_SECONDS, GUIXD, STOCK, Output, Place
 from tests.net.lan import Machine, announce, connect, requires_lan
 
+GREETING = "Hello, mirror!\n" * 1000
+
 
 class PublishingCase(SynchronousTestCase):
     """One store publishes what it has; others take it from there."""
 
     maxDiff = None
 
-    def publish(self, *options: str, address: str = "127.0.0.1") -> tuple[str, str]:
-        """Let a store have an item and publish it; return the URL and the item."""
+    def greeting(self, place: Place) -> str:
+        """Add a file to a store; return the item."""
+        source = place.directory / "work/greeting"
+        source.write_text(GREETING)
+        return place.run("guix", "download", str(source)).lines[0]
+
+    def publish(
+        self,
+        *options: str,
+        address: str = "127.0.0.1",
+        make: Callable[[Any, Place], str] = greeting,
+    ) -> tuple[str, str]:
+        """Let a store have what MAKE makes and publish it; return the URL and the item."""
         place = Place(self)
         place.use_keys()
-        source = place.directory / "work/greeting"
-        source.write_text("Hello, mirror!\n" * 1000)
         place.start(GUIXD)
-        item = place.run("guix", "download", str(source)).lines[0]
+        item = make(self, place)
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
         publishing = place.client(
@@ -59,11 +71,11 @@ class Publishing(PublishingCase):
 
     def test_build(self) -> None:
         """U1, U13: compressions that the stock server offers here."""
-        for compression in "gzip", "lzip", "none":
+        for compression in "gzip", "lzip", "zstd", "none":
             url, item = self.publish(f"--compression={compression}")
-            place, _ = self.take(GUIXD, url, "guix", "build", item)
-            text = place.outside(item).read_text()
-            self.assertEqual(text, "Hello, mirror!\n" * 1000)
+            place, took = self.take(GUIXD, url, "guix", "build", item)
+            self.assertIn(f"/nar/{compression}/".replace("none/", ""), took.err)
+            self.assertEqual(place.outside(item).read_text(), GREETING)
             self.assertEqual(place.run("guix", "gc", "--verify=contents").status, 0)
             place.stop()
 
@@ -83,6 +95,53 @@ class Publishing(PublishingCase):
         for stock, guixd in zip(*shown, strict=True):
             self.assertEqual((stock.status, stock.out), (guixd.status, guixd.out), guixd.err)
         self.assertIn("100.0%", _numbers(shown[1][2]))
+
+    def test_weather(self) -> None:
+        """U24: `guix weather` of packages one of which is there; it is downloaded, not built."""
+
+        def make(_: object, place: Place) -> str:
+            building = place.client("guix", "build", "-m", "manifest.scm", PACKAGES="there")
+            return place.finish(building).lines[0]
+
+        url, item = self.publish(make=make)
+        shown = []
+        for daemon in STOCK, GUIXD:
+            place, _ = self.take(daemon, url, "guix", "gc", "--list-roots")
+            weather = ("guix", "weather", f"--substitute-urls={url}", "-m", "manifest.scm")
+            said = place.run(*weather, status=1)  # not all is there
+            self.assertIn("50.0%", said.out)
+            self.assertIn("(1 out of 2)", said.out)
+            shown.append(re.sub(r"[0-9.]+ (seconds|requests per second)", r"N \1", said.out))
+            built = place.run("guix", "build", "-m", "manifest.scm")
+            self.assertIn(item, built.lines)
+            self.assertIn(f"downloading from {url}", built.err)
+            self.assertEqual(len(re.findall("successfully built", built.err)), 1)
+            place.stop()
+        self.assertEqual(shown[1], shown[0])
+
+    def test_repair(self) -> None:
+        """U19, P18: `guix gc --verify=contents,repair` takes a damaged item anew from there.
+
+        The stock daemon shares what it gets with the damaged file, if that is in its pool.
+        """
+        url, item = self.publish()
+        shown = []
+        for daemon in STOCK, GUIXD:
+            place, _ = self.take(daemon, url, "guix", "build", item)
+            file = place.outside(item)
+            for in_place in (False, True) if daemon == GUIXD else (False,):
+                if in_place:
+                    file.chmod(0o644)
+                else:
+                    file.unlink()
+                file.write_text("damaged")
+                place.run("guix", "gc", "--verify=contents", status=1)
+                repairing = place.run("guix", "gc", "--verify=contents,repair")
+                self.assertTrue(file.read_text() == GREETING, repairing.err)
+                place.run("guix", "gc", "--verify=contents")
+            shown.append(_plain(repairing.err))
+            place.stop()
+        self.assertEqual(shown[1], shown[0])
 
 
 @requires_guest
@@ -108,7 +167,7 @@ class Discovering(PublishingCase):
                 self.assertTrue(changed(), place.log())
             output = place.run("guix", "build", item)
         self.assertIn(f"from {url}", output.err)
-        self.assertEqual(place.outside(item).read_text(), "Hello, mirror!\n" * 1000)
+        self.assertEqual(place.outside(item).read_text(), GREETING)
 
 
 def changes_in(case: SynchronousTestCase, directory: Path) -> Callable[[], bool]:
@@ -119,6 +178,11 @@ def changes_in(case: SynchronousTestCase, directory: Path) -> Callable[[], bool]
     case.addCleanup(os.close, descriptor)
     fcntl.fcntl(descriptor, fcntl.F_NOTIFY, fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
     return lambda: signal.sigtimedwait({signal.SIGIO}, CLIENT_SECONDS) is not None
+
+
+def _plain(text: str) -> list[str]:
+    """Return what verification says in TEXT, without what tells of downloads."""
+    return [line for line in text.splitlines() if re.match("(reading|checking|path) ", line)]
 
 
 def _numbers(output: Output) -> str:
