@@ -21,8 +21,10 @@ from guixd.interfaces import IBuilder, IFetcher, ILauncher
 from guixd.net.reach import Reach
 from guixd.net.requests import Answer, Fetched, Head, Request
 from guixd.sandbox.spec import SandboxSpec
-from guixd.service.builder import Builder, SandboxBuilder
-from guixd.service.daemon import BuilderFactory, GuixdService
+from guixd.service.builder import SandboxBuilder
+from guixd.service.contract import Builder
+from guixd.service.daemon import GuixdService
+from guixd.service.shared import BuilderFactory
 from guixd.settings import Directories, Settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -12,7 +12,7 @@ from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest
 
 if TYPE_CHECKING:
-    from guixd.service.daemon import Daemon
+    from guixd.service.shared import Daemon
     from guixd.store.local import LocalStore
 
 _log = Logger()
@@ -25,15 +25,6 @@ def _tell(problems: list[str]) -> None:
 
 def _failed(failure: Failure) -> None:
     _log.failure("cannot remove the build trees of a dead daemon", failure)
-
-
-class Builder(Protocol):
-    """`interfaces.IBuilder` for the type checker."""
-
-    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]: ...
-    def freed(self) -> None: ...
-    def close(self) -> None: ...
-    def stop(self) -> Deferred[None]: ...
 
 
 class SandboxBuilder:

@@ -54,7 +54,9 @@ async def _build(session: Session, request: op.BuildPaths, mode: BuildMode) -> N
         items.append(wanted(directory, item))
         if len(items) % READ_AT_ONCE == 0:
             await deferLater(session.daemon.reactor, 0)  # others shall have their turn
-    await session.daemon.build(BuildRequest(tuple(items), mode, options, session.roots), session)
+    await session.daemon.build(
+        BuildRequest(tuple(items), mode, options, session.roots), session.log
+    )
 
 
 async def ensure(session: Session, request: op.EnsurePath) -> None:
@@ -65,7 +67,7 @@ async def ensure(session: Session, request: op.EnsurePath) -> None:
         return
     items = (Wanted(path, itself=True),)
     building = BuildRequest(items, BuildMode.NORMAL, session.build_options(), session.roots)
-    await session.daemon.build(building, session)
+    await session.daemon.build(building, session.log)
     if not store.database.is_valid(path):
         raise BuildError(f"path '{path}' is not valid, and there is no substitute for it")
 

@@ -1,4 +1,4 @@
-"""What a connection and who gives its requests their meaning know of each other."""
+"""What a connection, who gives its requests their meaning, and who builds know of each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from enum import Enum
 from struct import Struct
 from typing import Any, Protocol
 
+from twisted.internet.defer import Deferred
+
+from guixd.build.broadcast import Observer
+from guixd.build.request import BuildRequest
 from guixd.formats.operations import Operation
 
 _credentials = Struct("3i")
@@ -47,6 +51,15 @@ class Session(Protocol):
     def disconnected(self) -> None:
         """The connection is over and so is its work; called once."""
         ...
+
+
+class Builder(Protocol):
+    """`interfaces.IBuilder` for the type checker."""
+
+    def build(self, request: BuildRequest, observer: Observer) -> Deferred[None]: ...
+    def freed(self) -> None: ...
+    def close(self) -> None: ...
+    def stop(self) -> Deferred[None]: ...
 
 
 class StreamConsumer(Protocol):

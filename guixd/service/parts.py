@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -13,13 +12,11 @@ from twisted.python.threadpool import ThreadPool
 from guixd.build.threads import pool_threads
 from guixd.formats.path import StoreDirectory
 from guixd.service.admission import Admission
-from guixd.service.connection import Reactor
+from guixd.service.connection import Reactor, SessionFactory
 from guixd.service.listener import Listener
 from guixd.service.listening import BoundSocket, open_all
 from guixd.service.notify import notify
-
-if TYPE_CHECKING:
-    from guixd.service.daemon import Daemon
+from guixd.service.shared import Daemon
 
 _log = Logger()
 
@@ -75,9 +72,16 @@ class Workers(Service):
 class Listeners(Service):
     """The sockets and the connections that came over them."""
 
-    def __init__(self, reactor: Reactor, daemon: Daemon, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        daemon: Daemon,
+        session: SessionFactory,
+        environ: Mapping[str, str],
+    ) -> None:
         self._reactor = reactor
         self._daemon = daemon
+        self._session = session
         self._environ = environ
         self._sockets: list[BoundSocket] = []
         self._listeners: list[Listener] = []
@@ -101,7 +105,7 @@ class Listeners(Service):
         self._admission = admission = Admission(self._reactor, settings, self._daemon.uid)
         for bound in self._sockets:
             listener = Listener(
-                self._reactor, bound.socket, self._daemon.session, store=store, admission=admission
+                self._reactor, bound.socket, self._session, store=store, admission=admission
             )
             listener.start()
             self._listeners.append(listener)

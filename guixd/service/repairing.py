@@ -20,7 +20,7 @@ async def repair(session: Session, path: StorePath) -> None:
         wanted = (Wanted(path, itself=True),)
         request = BuildRequest(wanted, BuildMode.REPAIR, options, session.roots)
         try:
-            await session.daemon.build(request, session)
+            await session.daemon.build(request, session.log)
             return
         except BuildError:
             pass  # there is none, or it was no use
@@ -33,4 +33,4 @@ async def repair(session: Session, path: StorePath) -> None:
     if not names:
         raise BuildError(f"cannot repair path `{path}'")
     request = BuildRequest((Wanted(deriver, names),), BuildMode.REPAIR, options, session.roots)
-    await session.daemon.build(request, session)
+    await session.daemon.build(request, session.log)

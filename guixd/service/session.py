@@ -22,7 +22,7 @@ from guixd.service.clientoptions import SessionOptions
 from guixd.service.connection import Connection, Peer
 
 if TYPE_CHECKING:
-    from guixd.service.daemon import Daemon
+    from guixd.service.shared import Daemon
     from guixd.store.local import LocalStore
 
 T = TypeVar("T")

@@ -28,7 +28,8 @@ with atheris.instrument_imports(include=["guixd"]):
     from guixd.formats.path import StoreDirectory
     from guixd.formats.wire import encode_bytes
     from guixd.service.connection import Connection
-    from guixd.service.daemon import Daemon
+    from guixd.service.reception import Reception
+    from guixd.service.shared import Daemon
     from guixd.settings import Settings
     from guixd.testing import FakeBuilder, directories_below
 
@@ -90,7 +91,7 @@ class Target:
         settings = Settings(directories=directories_below(directory))
         builder: Any = FakeBuilder(lambda request: None)
         daemon = Daemon(self._turns, settings, inline, lambda *_: builder, os.environ)
-        self._session = daemon.session
+        self._session = Reception(daemon).session
         self._store = StoreDirectory(settings.directories.store)
         self._failures: list[Any] = []
         globalLogPublisher.addObserver(self._observe)

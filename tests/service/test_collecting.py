@@ -313,7 +313,7 @@ class LeftoverTests(CollectingCase):
         """G16: what a collector has made invalid but not removed is removed by the next one."""
         (path,) = await self.texts("a")
         daemon = self.daemon.service.daemon
-        daemon._open_store(True).invalidate(path)
+        daemon.open_store(True).invalidate(path)
         trash = Path(self.store.path, "trash/old")
         trash.mkdir(parents=True)
         (trash / "file").write_bytes(b"12345")
@@ -329,7 +329,7 @@ class LeftoverTests(CollectingCase):
         for ending in (".lock", ".chroot"):
             Path(path + ending).touch()
         Path(self.path("y") + ".lock").touch()
-        staging = self.daemon.service.daemon._open_store(True).staging.take()
+        staging = self.daemon.service.daemon.open_store(True).staging.take()
         Path(staging).touch()
         self.assertEqual(await self.collect(), [self.path("y").base + ".lock"])
         self.assertTrue(Path(staging).exists())
@@ -455,7 +455,7 @@ class MeanwhileTests(CollectingCase):
         while await other.is_valid_path(paths[-1]):
             pass
         collecting.cancel()
-        store = self.daemon.service.daemon._open_store(True)
+        store = self.daemon.service.daemon.open_store(True)
         while store.collecting.locked:
             await other.is_valid_path(paths[0])
         valid = list(await other.valid_paths(paths))

@@ -22,7 +22,7 @@ from guixd.formats.derivation import Derivation, HashCache, Output
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
 from guixd.service.builder import SandboxBuilder
-from guixd.service.daemon import Daemon
+from guixd.service.shared import Daemon
 from guixd.settings import UidRange, this_system
 from guixd.store.derivations import Derivations
 from guixd.store.local import LocalStore

@@ -245,12 +245,11 @@ class _Connected:
         builders = {name for name in _SPACES if os.readlink(f"/proc/{process.pid}/ns/{name}")
                     == os.readlink(f"{there}/ns/{name}")}  # fmt: skip
         self.assertEqual(builders, set(_SPACES) - {"net"} - self.own_spaces)
-        root = os.listdir(f"{there}/root")
-        self.assertLessEqual({"usr", "etc", "proc"}, set(root))
-        self.assertFalse({"root", "home", "run", "var", "sys"} & set(root))
-        self.assertLessEqual(
-            set(os.listdir(f"{there}/root/etc")), {"hosts", "resolv.conf", "ld.so.cache"}
-        )
+        root = Path(there, "root")
+        inside = set(os.listdir(root))
+        self.assertLessEqual({"usr", "etc", "proc"}, inside)
+        self.assertFalse({"root", "home", "run", "var", "sys"} & inside)
+        self.assertLessEqual(set(os.listdir(root / "etc")), {"hosts", "resolv.conf", "ld.so.cache"})
         for line in Path(there, "mountinfo").read_text().splitlines():
             place, options = line.split()[4:6]
             self.assertTrue(place == "/proc" or "ro" in options.split(","), line)
