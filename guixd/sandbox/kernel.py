@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import socket
 import struct
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong
-from typing import Any, cast
 
 NEWNS = 0x00020000
 NEWUTS = 0x04000000
@@ -41,7 +39,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CLOSE_RANGE = 436
 _MOUNT_SETATTR = 442
-_machine = platform.machine()
+_machine = os.uname().machine
 _PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203}.get(_machine, 41)
 _KEYCTL = {"x86_64": 250, "i686": 288, "armv7l": 311, "ppc64le": 271}.get(_machine, 219)
 _READ_ONLY = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
@@ -49,12 +47,12 @@ _READ_ONLY = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _function(name: str, *types: Any) -> Callable[..., int]:
+def _function(name: str, *types: type) -> Callable[..., int]:
     """Return a function of the C library; with its types known it is called faster."""
     function = _libc[name]
     function.argtypes = types
     function.restype = c_long if name == "syscall" else c_int
-    return cast(Callable[..., int], function)
+    return function
 
 
 _unshare = _function("unshare", c_int)

@@ -17,11 +17,13 @@ import socket
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
 
 from guixd.sandbox import kernel
-from guixd.sandbox.spec import UserNamespace
 from guixd.uplink import devices, filter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 CONTROL = 3
 """Descriptor of the socket to the daemon, in the zygote and until the exec."""
@@ -279,11 +281,12 @@ def write_maps(process: str, uid_map: str, gid_map: str) -> None:
         kernel.write_file(f"/proc/{process}/{name}", text)
 
 
-def enter_user_namespace(user: UserNamespace) -> None:
-    """Become `user.uid` and `user.gid` in a new user namespace, and first of its next processes."""
-    uid_map = f"{user.uid} {user.host_uid} 1"
-    gid_map = f"{user.gid} {user.host_gid} 1"
-    helper, go = _newgidmap(user) if user.kvm_gid is not None else (0, -1)
+def enter_user_namespace(
+    uid: int, gid: int, host_uid: int, host_gid: int, kvm_gid: int | None
+) -> None:
+    """Become UID and GID in a new user namespace, and first of its next processes."""
+    uid_map, gid_map = f"{uid} {host_uid} 1", f"{gid} {host_gid} 1"
+    helper, go = (0, -1) if kvm_gid is None else _newgidmap(gid, host_gid, kvm_gid)
     kernel.unshare(kernel.NEWUSER | kernel.NEWPID)
     if helper:
         kernel.write_file("/proc/self/uid_map", uid_map)
@@ -297,7 +300,7 @@ def enter_user_namespace(user: UserNamespace) -> None:
         write_maps("self", uid_map, gid_map)
 
 
-def _newgidmap(user: UserNamespace) -> tuple[int, int]:
+def _newgidmap(gid: int, host_gid: int, kvm_gid: int) -> tuple[int, int]:
     """Return a process that maps two groups for this one when the pipe returned is written to."""
     wait, go = os.pipe()
     process = str(os.getpid())
@@ -307,7 +310,7 @@ def _newgidmap(user: UserNamespace) -> tuple[int, int]:
         return helper, go
     try:
         os.read(wait, 1)
-        triples = (user.gid, user.host_gid, 1, _KVM_GID, user.kvm_gid, 1)
+        triples = (gid, host_gid, 1, _KVM_GID, kvm_gid, 1)
         null = os.open("/dev/null", os.O_RDWR)
         for descriptor in range(3):
             os.dup2(null, descriptor)

@@ -36,17 +36,19 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import prctl
 
 from guixd.sandbox import kernel, phases
-from guixd.sandbox.spec import UserNamespace
 from guixd.uplink.devices import move
 
-_Kind = str | UserNamespace
-"""What processes forked ahead differ in: "plain", "container", or a user namespace."""
+# Each page of this process costs time at each fork, so it imports little.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+_Kind = str | tuple[int, int, int, int, int | None]
+"""What processes forked ahead differ in: "plain", "container", or a `spec.UserNamespace`."""
 _FEWEST_WAITING = 2
 _MOST_WAITING = 5
 _NOBODY = 0xFFFFFFFD - os.getpid()
@@ -55,16 +57,18 @@ LARGEST_PACKET = 4096
 """Most bytes of a packet."""
 
 
-@dataclass(slots=True)
 class _Child:
-    """A process to wait for."""
+    """A process to wait for.
 
-    build: int
-    """0 if it waits for one."""
-    kind: _Kind | None
-    """None for a helper."""
-    uid: int = 0
-    """Whose processes a helper kills, or the end of a builder."""
+    :ivar build: 0 if it waits for one.
+    :ivar kind: None for a helper.
+    :ivar uid: whose processes a helper kills, or the end of a builder.
+    """
+
+    __slots__ = ("build", "kind", "uid")
+
+    def __init__(self, build: int, kind: _Kind | None, uid: int = 0) -> None:
+        self.build, self.kind, self.uid = build, kind, uid
 
 
 def main(control: int) -> NoReturn:
@@ -86,6 +90,7 @@ def main(control: int) -> NoReturn:
     # A builder must not inherit this, nor does it: exec undoes handlers.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     gc.disable()
+    gc.collect()
     gc.freeze()
     try:
         _Zygote().serve()
@@ -163,7 +168,7 @@ class _Zygote:
     def _spawn(
         self, descriptors: Sequence[int], number: int, name: Any, uid: int, own: bool
     ) -> None:
-        kind = name if isinstance(name, str) else UserNamespace(*name)
+        kind = name if isinstance(name, str) else tuple(name)
         if own and kind != self._kind:
             self._dismiss()
         try:
@@ -193,7 +198,7 @@ class _Zygote:
         with suppress(OSError):  # The next build tells.
             while len(self._waiting) < _MOST_WAITING:
                 self._children[self._fork(kind)] = _Child(0, kind)
-                if isinstance(kind, UserNamespace):  # That takes long.
+                if isinstance(kind, tuple):  # That takes long.
                     break
             self._kind = kind
 
@@ -213,7 +218,7 @@ class _Zygote:
                 signal.set_wakeup_fd(-1)
                 phases.serve(theirs, self._beginning if own and kind != "plain" else ())
 
-            if isinstance(kind, UserNamespace):
+            if isinstance(kind, tuple):
                 pid = _fork_user(kind, become)
             elif kind == "container":
                 kernel.unshare(kernel.NEWPID)
@@ -312,7 +317,7 @@ def _fork(child: Callable[[], None]) -> int:
     return pid
 
 
-def _fork_user(user: UserNamespace, become: Callable[[], None]) -> int:
+def _fork_user(user: tuple[Any, ...], become: Callable[[], None]) -> int:
     """Fork the first process of new user and pid namespaces; it becomes a child of this one.
 
     A process in between enters the namespaces, forks, and is gone.
@@ -322,7 +327,7 @@ def _fork_user(user: UserNamespace, become: Callable[[], None]) -> int:
     def between() -> None:
         try:
             this = os.pidfd_open(os.getpid())
-            phases.enter_user_namespace(user)
+            phases.enter_user_namespace(*user)
             pid = os.fork()
             if pid == 0:
                 # Or its parent's death would be taken for the zygote's.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import platform
 import socket
 import struct
 from contextlib import suppress
@@ -28,7 +27,7 @@ DEVICE = "/dev/net/tun"
 _NAME = b"tap0"
 _NETMASK = "255.255.255.0"
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
-_TUNSETIFF = 0x800454CA if platform.machine().startswith("ppc") else 0x400454CA
+_TUNSETIFF = 0x800454CA if os.uname().machine.startswith("ppc") else 0x400454CA
 _UP, _LOOPBACK, _RUNNING = 1, 8, 0x40
 _TAP, _NO_PACKET_INFORMATION = 2, 0x1000
 _ROUTE_UP, _ROUTE_BY_GATEWAY, _ROUTE_TO_HOST = 1, 2, 4

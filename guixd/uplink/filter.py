@@ -12,7 +12,6 @@ import ctypes
 import errno
 import os
 import struct
-from dataclasses import dataclass
 
 _LOAD, _EQUAL, _GREATER, _RETURN = 0x20, 0x15, 0x25, 0x06
 _ALLOW, _KILL, _DONE, _NO_SUCH_CALL = 0x7FFF0000, 0x80000000, 0x50000, 0x50000 | errno.ENOSYS
@@ -23,53 +22,40 @@ _LAST_KNOWN = 466
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Machine:
-    audit: int
-    socket: int
-    socketpair: int
-    denied: tuple[int, ...]
-    """ptrace, process_vm_readv, process_vm_writev, unshare, setns, add_key,
-    request_key, keyctl, bpf, userfaultfd, perf_event_open and, if there is one, socketcall."""
-
-
 _GENERIC = 117, 270, 271, 97, 268, 217, 218, 219, 280, 282, 241
-_MACHINES = {
-    "x86_64": _Machine(0xC000003E, 41, 53, (101, 310, 311, 272, 308, 248, 249, 250, 321, 323, 298)),
-    "i686": _Machine(
-        0x40000003, 359, 360, (26, 347, 348, 310, 346, 286, 287, 288, 357, 374, 336, 102)
-    ),
-    "aarch64": _Machine(0xC00000B7, 198, 199, _GENERIC),
-    "riscv64": _Machine(0xC00000F3, 198, 199, _GENERIC),
-    "armv7l": _Machine(
-        0x40000028, 281, 288, (26, 376, 377, 337, 375, 309, 310, 311, 386, 388, 364)
-    ),
-    "ppc64le": _Machine(
-        0xC0000015, 326, 333, (26, 351, 352, 282, 350, 269, 270, 271, 361, 364, 319, 102)
-    ),
+# The number of the machine; those of socket and socketpair, and of what is denied: ptrace,
+# process_vm_readv, process_vm_writev, unshare, setns, add_key, request_key, keyctl, bpf,
+# userfaultfd, perf_event_open and, if there is one, socketcall.
+_MACHINES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
+    "x86_64": (0xC000003E, 41, 53, (101, 310, 311, 272, 308, 248, 249, 250, 321, 323, 298)),
+    "i686": (0x40000003, 359, 360, (26, 347, 348, 310, 346, 286, 287, 288, 357, 374, 336, 102)),
+    "aarch64": (0xC00000B7, 198, 199, _GENERIC),
+    "riscv64": (0xC00000F3, 198, 199, _GENERIC),
+    "armv7l": (0x40000028, 281, 288, (26, 376, 377, 337, 375, 309, 310, 311, 386, 388, 364)),
+    "ppc64le": (0xC0000015, 326, 333, (26, 351, 352, 282, 350, 269, 270, 271, 361, 364, 319, 102)),
 }
 
 
 def filter_for(machine: str) -> bytes:
     """Return the filter for programs of MACHINE as uname(2) names it; empty if that is unknown."""
-    known = _MACHINES.get(machine)
-    if known is None:
+    if machine not in _MACHINES:
         return b""
+    audit, socket, socketpair, denied = _MACHINES[machine]
     code = [
         (_LOAD, 0, 0, _ARCHITECTURE),
-        (_EQUAL, 1, 0, known.audit),
+        (_EQUAL, 1, 0, audit),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
         (_GREATER, 0, 1, _LAST_KNOWN),
         (_RETURN, 0, 0, _NO_SUCH_CALL),
     ]
-    for call in (*known.denied, *_EVERYWHERE):
+    for call in (*denied, *_EVERYWHERE):
         code += [(_EQUAL, 0, 1, call), (_RETURN, 0, 0, _NO_SUCH_CALL)]
     code += [
         # slirp4netns makes a pair before it knows whether it needs one.
-        (_EQUAL, 0, 1, known.socketpair),
+        (_EQUAL, 0, 1, socketpair),
         (_RETURN, 0, 0, _DONE),
-        (_EQUAL, 1, 0, known.socket),
+        (_EQUAL, 1, 0, socket),
         (_RETURN, 0, 0, _ALLOW),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_EQUAL, 1, 0, _FAMILIES[0]),

@@ -469,6 +469,25 @@ class ProgramTests(SynchronousTestCase):
         self.assertIn(path.encode(), prepare(1, spec))
 
 
+class ImportTests(SynchronousTestCase):
+    """What the zygote consists of."""
+
+    def test_small(self) -> None:
+        """I-FD: what is forked for each build, with privileges, has loaded little."""
+        code = (
+            f"import sys; sys.path = {sys.path}; import guixd.sandbox.zygote; print(*sys.modules)"
+        )
+        told = subprocess.run([sys.executable, "-Ic", code], capture_output=True, check=True)
+        loaded = set(told.stdout.decode().split())
+        self.assertIn("guixd.sandbox.phases", loaded)
+        self.assertEqual(
+            loaded & {"dataclasses", "inspect", "typing", "threading", "twisted"}, set()
+        )
+        others = {name for name in loaded if name.startswith("guixd.")}
+        packages = {name.split(".")[1] for name in others}
+        self.assertEqual(packages, {"sandbox", "uplink"})
+
+
 LOOKING = """
 import os, sys
 from guixd.sandbox import zygote
