@@ -13,11 +13,18 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.interop.breaking import Breaking
 from tests.interop.guest import requires_guest
 from tests.interop.place import CLIENT_SECONDS, GUIXD, STOCK, Output, Place
 from tests.net.lan import Machine, announce, connect, requires_lan
 
 GREETING = "Hello, mirror!\n" * 1000
+
+
+def package(_: object, place: Place) -> str:
+    """Build a package that nothing but the tests' tools makes; return its output."""
+    building = place.client("guix", "build", "-m", "manifest.scm", PACKAGES="there")
+    return place.finish(building).lines[0]
 
 
 class PublishingCase(SynchronousTestCase):
@@ -98,26 +105,42 @@ class Publishing(PublishingCase):
 
     def test_weather(self) -> None:
         """U24: `guix weather` of packages one of which is there; it is downloaded, not built."""
-
-        def make(_: object, place: Place) -> str:
-            building = place.client("guix", "build", "-m", "manifest.scm", PACKAGES="there")
-            return place.finish(building).lines[0]
-
-        url, item = self.publish(make=make)
+        url, item = self.publish(make=package)
         shown = []
         for daemon in STOCK, GUIXD:
-            place, _ = self.take(daemon, url, "guix", "gc", "--list-roots")
+            place, _ = self.take(daemon, url, "true")
             weather = ("guix", "weather", f"--substitute-urls={url}", "-m", "manifest.scm")
             said = place.run(*weather, status=1)  # not all is there
             self.assertIn("50.0%", said.out)
             self.assertIn("(1 out of 2)", said.out)
             shown.append(re.sub(r"[0-9.]+ (seconds|requests per second)", r"N \1", said.out))
-            built = place.run("guix", "build", "-m", "manifest.scm")
-            self.assertIn(item, built.lines)
-            self.assertIn(f"downloading from {url}", built.err)
-            self.assertEqual(len(re.findall("successfully built", built.err)), 1)
+            if daemon == GUIXD:
+                built = place.run("guix", "build", "-m", "manifest.scm")
+                self.assertIn(item, built.lines)
+                self.assertIn(f"downloading from {url}", built.err)
+                self.assertEqual(len(re.findall("successfully built", built.err)), 1)
             place.stop()
         self.assertEqual(shown[1], shown[0])
+
+    def test_breaking(self) -> None:
+        """U11, U12, U18: archives that break off come whole; missing ones are built, or not."""
+        url, item = self.publish(make=package)
+        server = Breaking(self, url, missing=False)
+        build = ("guix", "build", "-m", "manifest.scm")
+        place, built = self.take(GUIXD, server.url, *build)
+        self.assertIn(f"downloading from {server.url}", built.err)
+        self.assertEqual(place.outside(item).read_text(), "there-0\n")
+        self.assertEqual((server.ranges[0], len(server.ranges)), (0, 3))
+        self.assertEqual(server.ranges, sorted(server.ranges))
+        place.stop()
+        server = Breaking(self, url, missing=True)
+        place, _ = self.take(GUIXD, server.url, "true")
+        failed = place.run(*build, status=1)
+        self.assertIn("404", failed.err)
+        self.assertIn("--fallback", failed.err)
+        self.assertIn(item, place.run(*build, "--fallback").lines)
+        self.assertEqual(place.outside(item).read_text(), "there-0\n")
+        place.stop()
 
     def test_repair(self) -> None:
         """U19, P18: `guix gc --verify=contents,repair` takes a damaged item anew from there.
