@@ -24,13 +24,12 @@ ADDRESS, ROUTER, NAME_SERVER = "10.0.2.100", "10.0.2.2", "10.0.2.3"
 ADDRESS6, ROUTER6, LOCAL6 = "fd00::80", "fd00::2", "fe80::80"
 DEVICE = "/dev/net/tun"
 
-_NAME = b"tap0"
-_NETMASK = "255.255.255.0"
-_SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
+_NAME = "tap0"
+_BROADCAST = "10.0.2.255"
+_SIOCSIFFLAGS = 0x8914
 _TUNSETIFF = 0x800454CA if os.uname().machine.startswith("ppc") else 0x400454CA
 _UP, _LOOPBACK, _RUNNING = 1, 8, 0x40
 _TAP, _NO_PACKET_INFORMATION = 2, 0x1000
-_ROUTE_UP, _ROUTE_BY_GATEWAY, _ROUTE_TO_HOST = 1, 2, 4
 
 
 def move(descriptor: int, to: int, *, inheritable: bool = False) -> None:
@@ -44,8 +43,10 @@ def move(descriptor: int, to: int, *, inheritable: bool = False) -> None:
 
 def bring_up_loopback() -> None:
     """Bring `lo` up; the kernel gives it its addresses."""
+    # For every build, so the fastest way to do it.
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        _set_flags(control, b"lo", _UP | _LOOPBACK | _RUNNING)
+        flags = struct.pack("16sH22x", b"lo", _UP | _LOOPBACK | _RUNNING)
+        fcntl.ioctl(control, _SIOCSIFFLAGS, flags)
 
 
 def offer_tap(ipv6: bool, localnet: bool, patience: float) -> None:
@@ -57,7 +58,7 @@ def offer_tap(ipv6: bool, localnet: bool, patience: float) -> None:
     """
     tap = os.open(DEVICE, os.O_RDWR)
     kind = _TAP | _NO_PACKET_INFORMATION
-    fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", _NAME, kind))
+    fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", _NAME.encode(), kind))
     _set_up(ipv6)
     if localnet:
         _write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
@@ -86,48 +87,29 @@ def take_tap() -> None:
 
 def _set_up(ipv6: bool) -> None:
     """Give the device its addresses and routes."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        for request, address in (_SIOCSIFADDR, ADDRESS), (_SIOCSIFNETMASK, _NETMASK):
-            data = struct.pack("16s16s14x", _NAME, _socket_address(address))
-            fcntl.ioctl(control, request, data)
-        with suppress(OSError):  # IPv6 is switched off.
-            # Addresses count at once, and nobody else on this net tells which ones there are.
-            for name in "accept_dad", "accept_ra":
-                _write(f"/proc/sys/net/ipv6/conf/tap0/{name}", "0")
-        _set_flags(control, _NAME, _UP | _RUNNING)
-        anywhere = _socket_address("0.0.0.0")
-        route = (anywhere, _socket_address(ROUTER), anywhere, _ROUTE_UP | _ROUTE_BY_GATEWAY)
-        fcntl.ioctl(control, _SIOCADDRT, struct.pack("L16s16s16sHhLPhPLLH0L", 0, *route, *[0] * 8))
-    with suppress(OSError):
-        _set_up_ipv6(ipv6)
+    # Few builds need it, and it takes longer to load than all the rest of them.
+    from pyroute2 import IPRoute, NetlinkError
 
-
-def _set_up_ipv6(reachable: bool) -> None:
-    index = socket.if_nametoindex(_NAME.decode())
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
-        for address in (LOCAL6, ADDRESS6) if reachable else (LOCAL6,):
-            fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16sIi", _packed(address), 64, index))
-        # Without an address the machine has no use for packets to anywhere.
-        if reachable:
-            route = _packed("::"), bytes(16), _packed(ROUTER6), 0, 0
-            flags = _ROUTE_UP | _ROUTE_BY_GATEWAY
-        else:
-            route = _packed(ROUTER6), bytes(16), bytes(16), 0, 128
-            flags = _ROUTE_UP | _ROUTE_TO_HOST
-        data = struct.pack("16s16s16sIHHILIi", *route, 0, 1, 0, flags, index)
-        fcntl.ioctl(control, _SIOCADDRT, data)
-
-
-def _set_flags(control: socket.socket, name: bytes, flags: int) -> None:
-    fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags))
-
-
-def _socket_address(address: str) -> bytes:
-    return struct.pack("HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))
-
-
-def _packed(address: str) -> bytes:
-    return socket.inet_pton(socket.AF_INET6, address)
+    try:
+        with IPRoute() as kernel:
+            (device,) = kernel.link_lookup(ifname=_NAME)
+            kernel.addr("add", index=device, address=ADDRESS, prefixlen=24, broadcast=_BROADCAST)
+            with suppress(OSError):  # IPv6 is switched off.
+                # Addresses count at once, and nobody else on this net tells which ones there are.
+                for name in "accept_dad", "accept_ra":
+                    _write(f"/proc/sys/net/ipv6/conf/{_NAME}/{name}", "0")
+            kernel.link("set", index=device, state="up")
+            kernel.route("add", dst="default", gateway=ROUTER)
+            with suppress(NetlinkError):
+                for address in (LOCAL6, ADDRESS6) if ipv6 else (LOCAL6,):
+                    kernel.addr("add", index=device, address=address, prefixlen=64)
+                if ipv6:
+                    kernel.route("add", family=socket.AF_INET6, dst="default", gateway=ROUTER6)
+                else:
+                    # Without an address the machine has no use for packets to anywhere.
+                    kernel.route("add", family=socket.AF_INET6, dst=f"{ROUTER6}/128", oif=device)
+    except NetlinkError as error:
+        raise OSError(error.code, f"{os.strerror(error.code)}, for the device {_NAME}") from error
 
 
 def _write(path: str, text: str) -> None:

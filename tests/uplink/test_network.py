@@ -194,7 +194,7 @@ class _Connected:
         )
         self.assertEqual(seen.lines.count("refused"), 2, seen.text)
         self.assertIn("lo: <LOOPBACK,UP", seen.text)
-        self.assertIn("tap0: <BROADCAST,UP", seen.text)
+        self.assertIn("tap0: <BROADCAST,MULTICAST,UP", seen.text)
         hosts = Path("/etc/hosts").read_text("utf-8")
         self.assertTrue(seen.text.endswith("0\n" + hosts), seen.text)
 
