@@ -24,6 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from guixd.build.program import beginning, prepare
+from guixd.build.setups import advice
 from guixd.build.uplink import UplinkProtocol
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
@@ -198,8 +199,9 @@ class BuilderProcess:
             self._check_uplink()
 
     def failed(self, phase: str, number: int, text: str) -> None:
-        text = f"while setting up the container of the build: in phase '{phase}': {text}"
-        self._failure = SandboxError(phase, text)
+        words = f"while setting up the container of the build: in phase '{phase}': {text}"
+        help_text = advice(phase, number, text)
+        self._failure = SandboxError(phase, f"{words}; {help_text}" if help_text else words)
 
     def exited(self, status: int, usage: tuple[float, float, int], alone: bool) -> None:
         self.usage = usage

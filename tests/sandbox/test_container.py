@@ -361,6 +361,29 @@ class RootlessTests(_InContainer, TestCase):
         self.assertNotIn("unmounted", seen.lines)
 
 
+@requires_root
+class WithoutNamespacesTests(TestCase):
+    """An unprivileged daemon where nobody may make user namespaces."""
+
+    async def test_refused(self) -> None:
+        """X25: it is told which of the kernel's settings forbid that."""
+        place = Place(self, "rootless")
+        uid, gid = place.host.uid, place.host.gid
+        boot = (
+            "import sys, os; sys.path[:] = sys.argv[2:];"
+            "from guixd.sandbox.zygote import main, kernel, phases; import prctl;"
+            f"os.setgroups(()); os.setresgid(*[{gid}] * 3); os.setresuid(*[{uid}] * 3);"
+            "prctl.set_dumpable(1); kernel.unshare(kernel.NEWUSER);"
+            f"phases.write_maps('self', '{uid} {uid} 1', '{gid} {gid} 1');"
+            "kernel.write_file('/proc/sys/user/max_user_namespaces', '0');"
+            "main(int(sys.argv[1]))"
+        )
+        self.patch(__import__("guixd.build.zygote").build.zygote, "_BOOT", boot)
+        with self.assertRaises(SandboxError) as caught:
+            await place.run("true")
+        self.assertIn("'user.max_user_namespaces'", caught.exception.text)
+
+
 class PlainTests(TestCase):
     """Without a container."""
 
@@ -423,4 +446,5 @@ class PlainChrootTests(TestCase):
         with self.assertRaises(SandboxError) as caught:
             await place.run("true")
         self.assertEqual(caught.exception.phase, "private mounts")
+        self.assertIn("must be a mount point", caught.exception.text)
         shutil.rmtree(jail)
