@@ -67,33 +67,41 @@ class Announced:
         """All of them, each once, in order."""
         return sorted(set(self._services.values()))
 
-    def announce(self, name: str, addresses: Iterable[IPv4Address], port: int) -> bool:
-        """Take note that the service NAME is at one of ADDRESSES now; the first that will do.
+    def place(self, name: str, addresses: Iterable[IPv4Address], port: int) -> Server | None:
+        """Return where the service NAME is that is announced to be at ADDRESSES.
 
-        :return: whether it is taken; not if it is this machine's own.
+        That is the first address that will do, but rather the one that it had before.
+
+        :return: `None` if none will do, as when it is this machine's own.
         """
-        before = self.withdraw(name)
         usable = [address for address in addresses if self._may_be(address)]
+        before = self._services.get(name)
         if before is not None and before.address in usable:
             usable = [before.address]
-        if not usable or self._at[usable[0]] >= MOST_AT_ADDRESS:
-            return False
-        if len(self._services) >= MOST_SERVERS:
-            return False
         try:
-            self._services[name] = Server(usable[0], port)
+            return Server(usable[0], port) if usable else None
         except ValueError:
+            return None
+
+    def has(self, name: str, server: Server) -> bool:
+        """Whether SERVER is what the service NAME is known to be."""
+        return self._services.get(name) == server
+
+    def take(self, name: str, server: Server) -> bool:
+        """Take note that the service NAME is SERVER now; return whether there is room for it."""
+        self.withdraw(name)
+        if self._at[server.address] >= MOST_AT_ADDRESS or len(self._services) >= MOST_SERVERS:
             return False
-        self._at[usable[0]] += 1
+        self._services[name] = server
+        self._at[server.address] += 1
         return True
 
-    def withdraw(self, name: str) -> Server | None:
-        """Forget the service NAME; return where it was."""
+    def withdraw(self, name: str) -> None:
+        """Forget the service NAME."""
         server = self._services.pop(name, None)
         if server is not None:
             self._at[server.address] -= 1
             self._at += Counter()  # without zeros
-        return server
 
     def _may_be(self, address: IPv4Address) -> bool:
         if address in self._own or address.is_loopback or address.is_multicast:

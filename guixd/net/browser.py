@@ -21,7 +21,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Interface
 from typing import NoReturn
 
-from guixd.net.announced import Announced
+from guixd.net.announced import Announced, Server
 from guixd.net.confinement import BROWSER_UIDS, confine
 
 TYPE = "_guix_publish._tcp.local."
@@ -30,14 +30,18 @@ DELAY = 0.5
 SETTLE = 2.0
 """Likewise, after this machine has got or lost an address, until all is found anew."""
 RETRY = 60.0
-"""Seconds until it is tried again to browse, if that failed."""
+"""Seconds until it is tried again to browse, if that failed, or there were too many services."""
+AGAIN = (2.0, 30.0)
+"""Seconds after which a server that does not answer is tried again."""
 MOST_NAMES = 1024
-"""Services that are looked at; others are passed over as long as these are there."""
+"""Services that are looked at; others are passed over until all are looked for anew."""
 _MOST_NETWORKS = 32
-_AT_ONCE = 16
+_AT_ONCE = 32
 """Services whose addresses are asked for at a time."""
 _PATIENCE = 5000
 """Milliseconds in which a service must tell its address."""
+_CONNECT = 3.0
+"""Seconds in which a server must take a connection."""
 _MOST_MEMORY = 1 << 30
 _RTMGRP_IPV4_IFADDR = 0x10
 
@@ -99,7 +103,7 @@ async def _serve(end: socket.socket) -> None:
     settle = 0.0
     while True:
         interfaces = own_interfaces()
-        browsing = Browsing(interfaces, tell)
+        browsing = Browsing(interfaces, tell, moved.set)
         works = browsing.start(settle)
         while own_interfaces() == interfaces:
             moved.clear()
@@ -107,7 +111,9 @@ async def _serve(end: socket.socket) -> None:
                 await asyncio.wait_for(moved.wait(), None if works else RETRY)
             except TimeoutError:
                 break
-            await asyncio.sleep(DELAY)
+            await asyncio.sleep(RETRY if browsing.crowded else DELAY)
+            if browsing.crowded:
+                break
         await browsing.stop()
         settle = SETTLE
 
@@ -128,16 +134,24 @@ class Browsing:
     """Services that come and go, as long as this machine's addresses are INTERFACES.
 
     :param changed: called with what is announced, some time after that has changed.
+    :param full: called when some are passed over, as there are too many.
+    :ivar crowded: whether that was so.
     """
 
     def __init__(
-        self, interfaces: Sequence[IPv4Interface], changed: Callable[[Announced], None]
+        self,
+        interfaces: Sequence[IPv4Interface],
+        changed: Callable[[Announced], None],
+        full: Callable[[], None],
     ) -> None:
+        self.crowded = False
+        self._full = full
         self._announced = Announced(interfaces)
         self._networks = [str(each.ip) for each in interfaces if not each.is_loopback]
         self._changed = changed
         self._names: set[str] = set()
         self._waiting: dict[str, None] = {}
+        self._tries: dict[str, int] = {}
         self._more = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -187,11 +201,20 @@ class Browsing:
             self._forget(name)
         elif name in self._names or len(self._names) < MOST_NAMES:
             self._names.add(name)
+            self._look_at(name)
+        else:
+            # It will not be told of again: all are to be looked for anew, later.
+            self.crowded = True
+            self._full()
+
+    def _look_at(self, name: str) -> None:
+        if name in self._names:
             self._waiting[name] = None
             self._more.set()
 
     def _forget(self, name: str) -> None:
         self._names.discard(name)
+        self._tries.pop(name, None)
         self._waiting.pop(name, None)
         self._announced.withdraw(name)
         self._tell_in(DELAY)
@@ -204,12 +227,26 @@ class Browsing:
                 await self._more.wait()
             name = next(iter(self._waiting))
             del self._waiting[name]
-            addresses, port = await self._ask(name)
-            if name not in self._names:
-                continue  # It is gone meanwhile.
-            if not self._announced.announce(name, addresses, port):
+            server = self._announced.place(name, *await self._ask(name))
+            if server is None:
                 self._forget(name)
-            self._tell_in(DELAY)
+            elif not self._announced.has(name, server):
+                await self._try(name, server)
+
+    async def _try(self, name: str, server: Server) -> None:
+        """Take SERVER if it is there: others would make lookups slow."""
+        if not await _answers(server):
+            self._announced.withdraw(name)
+            tries = self._tries[name] = self._tries.get(name, 0) + 1
+            if tries > len(AGAIN) or self.crowded:
+                self._forget(name)
+            else:
+                asyncio.get_running_loop().call_later(AGAIN[tries - 1], self._look_at, name)
+        elif name in self._names:  # else it is gone meanwhile
+            self._tries.pop(name, None)
+            if not self._announced.take(name, server):
+                self._forget(name)
+        self._tell_in(DELAY)
 
     async def _ask(self, name: str) -> tuple[list[IPv4Address], int]:
         from zeroconf import Error, IPVersion
@@ -223,3 +260,14 @@ class Browsing:
         except (Error, OSError, ValueError):
             return [], 0
         return found, info.port or 0
+
+
+async def _answers(server: Server) -> bool:
+    """Whether SERVER takes connections."""
+    try:
+        opening = asyncio.open_connection(str(server.address), server.port)
+        _, writer = await asyncio.wait_for(opening, _CONNECT)
+    except (OSError, TimeoutError):
+        return False
+    writer.transport.abort()
+    return True

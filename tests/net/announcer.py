@@ -1,13 +1,14 @@
 """A program that announces services by multicast DNS, well-behaved ones or not.
 
 Arguments: its address, then each service as NAME=ADDRESS,...:PORT.  With `--raw` first, it
-sends single packets without a protocol, which is how to announce nonsense.  It goes on until
-the end of its input, and then takes back what it has announced.
+sends single packets without a protocol, which is how to announce nonsense.  At all ports
+something listens.  It goes on until the end of its input, and then takes all back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 import sys
@@ -29,7 +30,17 @@ def services(arguments: list[str]) -> list[tuple[str, list[str], int]]:
     return found
 
 
+def listen(arguments: list[str]) -> list[socket.socket]:
+    """Let something listen at the ports of the services, if nothing does."""
+    listening = []
+    for port in {port for _, _, port in services(arguments)} - {0}:
+        with contextlib.suppress(OSError):
+            listening.append(socket.create_server(("", port)))
+    return listening
+
+
 async def announce(own: str, arguments: list[str]) -> None:
+    listening = listen(arguments)
     zeroconf = AsyncZeroconf([own], ip_version=IPVersion.V4Only)
     for name, addresses, port in services(arguments):
         packed = [socket.inet_aton(address) for address in addresses]
@@ -38,6 +49,8 @@ async def announce(own: str, arguments: list[str]) -> None:
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await zeroconf.async_unregister_all_services()
     await zeroconf.async_close()
+    for server in listening:
+        server.close()
 
 
 def _name(*labels: bytes) -> bytes:
@@ -66,6 +79,7 @@ def announce_nonsense(own: str, arguments: list[str]) -> None:
     sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(own))
     sender.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sender.bind((own, 5353))
+    listening = listen(arguments)
     good = packet(b"cut", [own], 1)
     loop = struct.pack(">HHHHHH", 0, 0x8400, 0, 1, 0, 0) + b"\xc0\x0c" + b"\0" * 10
     for data in (b"", b"\0" * 12, b"\xff" * 1400, loop, *(good[:n] for n in range(12, len(good)))):
@@ -73,6 +87,8 @@ def announce_nonsense(own: str, arguments: list[str]) -> None:
     for name, addresses, port in services(arguments):
         sender.sendto(packet(name.encode(), addresses, port), _GROUP)
     sys.stdin.read()
+    for server in listening:
+        server.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import subprocess
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -13,7 +15,7 @@ from twisted.internet.defer import DeferredQueue
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from guixd.net import discovery
+from guixd.net import browser, discovery
 from guixd.net.announced import (
     MOST_AT_ADDRESS,
     MOST_SERVERS,
@@ -39,6 +41,16 @@ class AnnouncedTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.announced = Announced(INTERFACES)
 
+    def announce(self, name: str, addresses: list[IPv4Address], port: int) -> bool:
+        """Do what is done for an announcement; return whether there is such a server now."""
+        server = self.announced.place(name, addresses, port)
+        if server is None:
+            self.announced.withdraw(name)
+            return False
+        taken = self.announced.take(name, server)
+        self.assertIs(self.announced.has(name, server), taken)
+        return taken
+
     def urls(self) -> list[str]:
         return [server.url for server in self.announced.servers]
 
@@ -49,10 +61,10 @@ class AnnouncedTests(SynchronousTestCase):
             *("10.9.0.1", "172.17.0.1", "10.8.0.1", "10.9.0.0", "10.9.0.255", "10.9.1.1"),
             *("192.0.2.1", "169.254.1.1", "240.0.0.1"),
         ):
-            self.assertFalse(self.announced.announce(text, addresses(text), 80), text)
+            self.assertFalse(self.announce(text, addresses(text), 80), text)
         self.assertEqual(self.urls(), [])
         for text in ("10.9.0.2", "172.17.255.254", "10.8.0.0"):
-            self.assertTrue(self.announced.announce(text, addresses(text), 80), text)
+            self.assertTrue(self.announce(text, addresses(text), 80), text)
 
     def test_first_address(self) -> None:
         """The first one that will do stays until it is not announced any more."""
@@ -61,35 +73,35 @@ class AnnouncedTests(SynchronousTestCase):
             ("10.9.0.2 10.9.0.3", 81, "10.9.0.3:81"),
             ("10.9.0.2", 81, "10.9.0.2:81"),
         ):
-            self.assertTrue(self.announced.announce("a", addresses(*order.split()), port))
+            self.assertTrue(self.announce("a", addresses(*order.split()), port))
             self.assertEqual(self.urls(), [f"http://{url}"])
-        self.assertFalse(self.announced.announce("a", [], 81))
+        self.assertFalse(self.announce("a", [], 81))
         self.assertEqual(self.urls(), [])
 
     def test_ports(self) -> None:
         for port in (0, -1, 1 << 16, 1 << 40):
-            self.assertFalse(self.announced.announce("a", addresses("10.9.0.2"), port))
+            self.assertFalse(self.announce("a", addresses("10.9.0.2"), port))
         self.assertEqual(self.urls(), [])
 
     def test_numbers(self) -> None:
         """Neither one machine nor many can make the list long."""
         for port in range(1, 100):
-            self.announced.announce(f"a{port}", addresses("10.9.0.2"), port)
+            self.announce(f"a{port}", addresses("10.9.0.2"), port)
         self.assertEqual(len(self.urls()), MOST_AT_ADDRESS)
         for number in range(3, 3 + 2 * MOST_SERVERS):
-            self.announced.announce(f"b{number}", [IPv4Address("172.17.1.0") + number], 80)
+            self.announce(f"b{number}", [IPv4Address("172.17.1.0") + number], 80)
         self.assertEqual(len(self.urls()), MOST_SERVERS)
         self.announced.withdraw("a1")
         self.announced.withdraw("a1")
         for name in ("c", "d"):
-            self.announced.announce(name, addresses("10.9.0.2"), 500)
+            self.announce(name, addresses("10.9.0.2"), 500)
         self.assertIn("http://10.9.0.2:500", self.urls())
         self.assertEqual(len(self.urls()), MOST_SERVERS)
 
     def test_once(self) -> None:
         """One server with several names is one."""
         for name in "ab":
-            self.announced.announce(name, addresses("10.9.0.2"), 80)
+            self.announce(name, addresses("10.9.0.2"), 80)
         self.assertEqual(self.urls(), ["http://10.9.0.2:80"])
         self.announced.withdraw("a")
         self.assertEqual(self.urls(), ["http://10.9.0.2:80"])
@@ -106,6 +118,67 @@ class AnnouncedTests(SynchronousTestCase):
             self.assertRaises((ValueError, TypeError), read_servers, [pair])
         many = [["10.9.0.2", 80]] * (MOST_SERVERS + 1)
         self.assertRaises(ValueError, read_servers, many)
+
+
+class AnsweringTests(SynchronousTestCase):
+    """U25: servers that are announced must be there."""
+
+    def test_answers(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            there = Server(IPv4Address("127.0.0.1"), listening.getsockname()[1])
+            self.assertTrue(asyncio.run(browser._answers(there)))
+        self.assertFalse(asyncio.run(browser._answers(there)))
+
+    def test_tries(self) -> None:
+        """It may need some time to begin, but not for ever."""
+        self.patch(browser, "AGAIN", (0.0, 0.0))
+        answers = [False, False, True, False, False, False, True]
+
+        async def answers_now(_: Server) -> bool:
+            return answers.pop(0)
+
+        self.patch(browser, "_answers", answers_now)
+        server, other = (Server(IPv4Address("10.9.0.2"), port) for port in (80, 81))
+
+        async def run() -> None:
+            browsing = browser.Browsing(INTERFACES, lambda _: None, lambda: None)
+            browsing._names.update("ab")
+            for _ in range(3):
+                await browsing._try("a", server)
+                await asyncio.sleep(0)
+            self.assertEqual(browsing._announced.servers, [server])
+            self.assertEqual(list(browsing._waiting), ["a"])
+            for _ in range(3):
+                await browsing._try("b", other)
+            await browsing._try("b", other)  # forgotten meanwhile
+            self.assertEqual(browsing._announced.servers, [server])
+            self.assertEqual(browsing._names, {"a"})
+
+        asyncio.run(run())
+        self.assertEqual(answers, [])
+
+    def test_crowd(self) -> None:
+        """With too many names, they are forgotten soon, and somebody is told."""
+
+        async def answers_not(_: Server) -> bool:
+            return False
+
+        self.patch(browser, "_answers", answers_not)
+        full: list[int] = []
+
+        async def run() -> None:
+            browsing = browser.Browsing(INTERFACES, lambda _: None, lambda: full.append(1))
+            for number in range(browser.MOST_NAMES):
+                browsing._stirred(name=str(number), state_change=None)
+            self.assertEqual((full, browsing.crowded), ([], False))
+            browsing._stirred(name="more", state_change=None)
+            browsing._stirred(name="5", state_change=None)
+            self.assertEqual((full, browsing.crowded), ([1], True))
+            self.assertEqual(len(browsing._waiting), browser.MOST_NAMES)
+            await browsing._try("5", Server(IPv4Address("10.9.0.2"), 80))
+            self.assertNotIn("5", browsing._names)
+
+        asyncio.run(run())
 
 
 class DiscoveryCase(TestCase):
@@ -220,6 +293,8 @@ class NetworkTests(DiscoveryCase):
     async def test_hostile(self) -> None:
         """Nonsense has no effect; who announces a lot gets four servers."""
         connect(self.here, self.there)
+        for address in ("10.9.0.3/24", "10.9.0.4/24"):
+            self.there.ip("address", "add", address, "dev", "lan")
         self.discovery.start()
         self.assertEqual(await self.told.get(), [])
         announce(
