@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -21,7 +22,16 @@ def _available() -> bool:
     return is_root() and None not in map(shutil.which, ("ip", "nsenter", "unshare"))
 
 
-requires_lan = requires(_available, "root and iproute2")
+@cache
+def _has_cables() -> bool:
+    command = ["unshare", "--net", "ip", "link", "add", "lan", "type", "veth"]
+    return not _available() or subprocess.run(command, check=False).returncode == 0
+
+
+def requires_lan(case: type) -> type:
+    """Decorate a class whose tests need such machines, see `requires`."""
+    case = requires(_available, "root and iproute2")(case)
+    return requires(_has_cables, "network namespaces with veth", of_kernel=True)(case)
 
 
 class Machine:
