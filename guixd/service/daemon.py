@@ -26,8 +26,8 @@ _log = Logger()
 
 
 class GuixdService(MultiService):
-    """The daemon, for embedding: `store`, `workers`, `discovering`, `builds` and
-    `listeners` by name.
+    """The daemon, for embedding: `store`, `workers`, `builds`, `listeners` and
+    `discovering` by name.
 
     Parts start in this order and stop in the opposite one, each after the other.
     """
@@ -56,9 +56,9 @@ class GuixdService(MultiService):
         parts: dict[str, Service] = {
             "store": Store(self.daemon),
             "workers": self.workers,
-            "discovering": Discovering(reactor, settings, self.workers.threads, environ),
             "builds": Builds(self.daemon),
             "listeners": self.listeners,
+            "discovering": Discovering(reactor, settings, self.workers.threads, environ),
         }
         for name, part in parts.items():
             part.setName(name)  # type: ignore[no-untyped-call]

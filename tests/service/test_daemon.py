@@ -97,7 +97,7 @@ class StartTests(DaemonCase):
     def test_parts(self) -> None:
         """Embedders find the parts by name."""
         parts = IServiceCollection(self.daemon.service)
-        for name in ("store", "workers", "builds", "listeners"):
+        for name in ("store", "workers", "builds", "listeners", "discovering"):
             self.assertEqual(parts.getServiceNamed(name).name, name)
 
 
