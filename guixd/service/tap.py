@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -101,5 +102,8 @@ def run(settings: Settings, ahead: StartedFetcher | None = None) -> int:
     os.chdir("/")
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
     signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(reactor.stop))
+    # What is there now stays, and looking through it takes 20 ms each time.
+    gc.collect()
+    gc.freeze()
     reactor.run()
     return 0
