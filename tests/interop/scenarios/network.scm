@@ -21,7 +21,7 @@
             #:env `(("url" . ,(string-append "http://10.0.2.2:" port+file)))))
 (try "facts"
      (shell "facts"
-            "{ ip -o addr | sed 's/.*inet6 fe80::[^8].*//; s/ *\\\\.*//';
+            "{ ip -o addr | sed '/fe80::80[/]/!s/.*inet6 fe80::.*//; s/ *\\\\.*//';
                ip route; cat /etc/resolv.conf; echo; cd /proc/sys/net;
                cat ipv4/conf/all/route_localnet ipv6/conf/tap0/accept_dad ipv6/conf/tap0/accept_ra;
                ls /proc/1/fd; stat -c '%a %n' /etc/resolv.conf; } 2>&1 | sed 's/^/net: /'; exit 1"
