@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -291,3 +294,55 @@ class MissingDerivation(Case):
         building = self.request(self.drv, fallback=True)
         self.downloads["absent.drv"].fail()
         self.assertEqual(self.error(building).text, f"build of `{self.drv}' failed")
+
+
+class Any(Case):
+    """Requests with any graph, any substitutes, and any course of events."""
+
+    numbers = itertools.count()
+
+    @settings(max_examples=80, deadline=None)
+    @given(st.data())
+    def test_fallback(self, data: st.DataObject) -> None:
+        """U17, U18: with fallback all is made, nothing twice, whatever cannot be downloaded."""
+        number = next(self.numbers)
+        self.downloads.started.clear()
+        self.launcher.started.clear()
+        drvs: list[StorePath] = []
+        for index in range(data.draw(st.integers(1, 6))):
+            inputs = data.draw(st.sets(st.sampled_from(drvs), max_size=3)) if drvs else set()
+            drv = self.world.derive(f"n{number}-{index}", inputs=sorted(inputs))
+            if data.draw(st.booleans()):
+                above = [self.world.output(each) for each in drvs]
+                references = data.draw(st.sets(st.sampled_from(above), max_size=2)) if above else ()
+                lacks = [self.item("nowhere")] if data.draw(st.integers(0, 4)) == 0 else []
+                self.offered(drv, *sorted(references), *lacks)
+            drvs.append(drv)
+        wanted = data.draw(st.lists(st.sampled_from(drvs), min_size=1, max_size=3))
+        jobs = data.draw(st.integers(1, 3))
+        building = self.request(
+            *wanted, fallback=True, max_jobs=jobs, keep_going=data.draw(st.booleans())
+        )
+        made: list[str] = []
+        try:
+            while not building.called:
+                going = [*self.downloads.running, *self.launcher.running]
+                self.assertEqual(len(going), len(set(going)))
+                self.assertLessEqual(len(self.launcher.running), jobs)
+                name = data.draw(st.sampled_from(going))
+                downloads = name in self.downloads.running
+                if downloads and data.draw(st.booleans()):
+                    self.downloads[name].fail()
+                else:
+                    made.append(name)
+                    (self.downloads if downloads else self.launcher)[name].finish()
+        finally:
+            if not building.called:  # the example was given up
+                building.addErrback(lambda _: None)
+                building.cancel()
+        self.successResultOf(building)
+        self.assertTrue(all(map(self.world.is_valid, wanted)))
+        self.assertEqual((self.downloads.running, self.launcher.running), ([], []))
+        self.assertEqual(sorted(made), sorted(set(made)))
+        tried = [each.path.name for each in self.downloads.started if not each.dropped]
+        self.assertEqual(sorted(tried), sorted(set(tried)))
