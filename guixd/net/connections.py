@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -366,7 +367,9 @@ def explained(reason: Failure, *, connecting: bool = False) -> FetchError:
     if isinstance(error, ConnectTimeout | TookTooLong):
         return FetchError("connect", "no connection: the server does not answer")
     if isinstance(error, ConnectError):
-        return FetchError("connect", f"no connection: {error.osError or error}")
+        number = error.osError
+        why = os.strerror(number).lower() if isinstance(number, int) else error
+        return FetchError("connect", f"no connection: {why}")
     if isinstance(error, SSL.Error) or type(error).__module__.startswith("service_identity"):
         return FetchError("tls", f"TLS: {_tls_text(error)}")
     if connecting:
