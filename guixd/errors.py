@@ -197,3 +197,8 @@ class FetchError(GuixdError):
         super().__init__(text)
         self.kind = kind
         self.http_status = http_status
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether other questions would not be answered either, for now."""
+        return self.kind in ("address", "connect", "dns", "proxy", "timeout", "tls")

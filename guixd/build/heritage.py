@@ -62,11 +62,14 @@ class Heritage:
 
         :param commit: a commit's id, or a tag of the repository URL.
         :raises NotArchived: it is not known.
+        :raises FetchError: the archive cannot be asked.
         """
         for way in (partial(self._by_hash, output), partial(self._by_commit, url, commit)):
             try:
                 found = await way()
             except FetchError as error:
+                if error.unreachable:
+                    raise
                 self._say(f"error: {error.text}\n")
             else:
                 if found:

@@ -33,9 +33,11 @@ async def fetch_nar(
         all servers have another tree.
     """
     place = f"{directory}/{output.path.base}"
-    other = b""
+    other, down = b"", set[str]()
     for form, compression in _FORMS:
         for server in SERVERS:
+            if server in down:
+                continue
             url = f"{server}/{form}/{output.path.base}"
             say(f"trying {url}\n")
             request = Request(url, compression=compression, resumptions=RESUMPTIONS)
@@ -43,6 +45,8 @@ async def fetch_nar(
                 digest = await _restore(tools, request, directory, output)
             except (FetchError, BadArchive, StoreError) as error:
                 say(f"error: {error.text}\n")
+                if isinstance(error, FetchError) and error.unreachable:
+                    down.add(server)
             else:
                 if digest == output.digest():
                     return digest

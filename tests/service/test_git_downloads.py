@@ -156,6 +156,10 @@ class GitTest(GitCase):
         self.assertEqual(status, 1)
         self.assertIn("hash mismatch", text)
         self.assertFalse(os.path.exists(out))
+        self.patch(narfallback, "SERVERS", (f"http://127.0.0.1:{unused_port()}",))
+        drv, out = await self.derive_git(client, good, "none", name="r", commit="v1")
+        status, text = await self.failure(client, drv)
+        self.assertEqual(text.count("trying http://127.0.0.1:"), 1)
         before = len(server.requests)
         drv, _ = await self.derive_git(
             client, good, "none", name="u", commit="v1", download_methods="(upstream)"

@@ -22,7 +22,7 @@ from guixd.errors import FetchError
 from guixd.formats.derivation import Output
 from guixd.formats.path import StoreDirectory, StorePath
 from tests.build.test_treebox import TOP, tar_of
-from tests.net.servers import Asked, FetcherCase, Server, answer
+from tests.net.servers import Asked, FetcherCase, Server, answer, unused_port
 from tests.service.test_git_downloads import GitCase
 from tests.service.world import set_options
 from tests.support import open_files, temporary_directory
@@ -170,6 +170,13 @@ class ArchiveTests(FetcherCase):
         ):
             answers[revision] = what
             await self.fails(self.find(COMMIT), NotArchived)
+
+    async def test_unreachable(self) -> None:
+        """Who cannot be reached is not asked another question."""
+        self.patch(heritage, "HOST", f"http://127.0.0.1:{unused_port()}")
+        text = await self.fails(self.find(COMMIT), FetchError)
+        self.assertIn("refused", text)
+        self.assertEqual(self.said, [])
 
     async def cook(self, *states: object) -> Any:
         """Ask the vault, which goes through STATES; return the URL, or the error."""
