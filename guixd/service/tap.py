@@ -58,6 +58,7 @@ def _make(settings: Settings, ahead: StartedFetcher | None = None) -> GuixdServi
         _log.error("cannot make {store} writable: {error}", store=store, error=error)
     service = GuixdService(reactor, settings, ahead=ahead)
     reactor.addSystemEventTrigger("before", "shutdown", _hurry_by_signal, reactor, service)
+    reactor.callWhenRunning(_stop_by_hangup, reactor)  # other signals are the reactor's
     reactor.callLater(AHEAD if ahead is None else 0, _start_ahead, service)
     return service
 
@@ -69,6 +70,10 @@ def _start_ahead(service: GuixdService) -> None:
             service.daemon.fetcher.start()
         except OSError as error:  # The first download tells, too.
             _log.error("cannot start the process that downloads: {error}", error=error)
+
+
+def _stop_by_hangup(reactor: Any) -> None:
+    signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(reactor.stop))
 
 
 def _hurry_by_signal(reactor: Any, service: GuixdService) -> None:
@@ -101,7 +106,6 @@ def run(settings: Settings, ahead: StartedFetcher | None = None) -> int:
         return 1
     os.chdir("/")
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
-    signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(reactor.stop))
     # What is there now stays, and looking through it takes 20 ms each time.
     gc.collect()
     gc.freeze()

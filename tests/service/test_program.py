@@ -48,12 +48,14 @@ class ProgramTests(SynchronousTestCase):
 
     def test_twistd(self) -> None:
         """`twistd guixd` is the same daemon."""
-        program = Program(self, [*TWISTD, "--nodaemon", "--pidfile=", "guixd", "--cores=2"])
-        self.assertEqual(program.state(), b"READY=1")
-        program.greet()
-        status, output = program.end()
-        self.assertIn(status, (0, -signal.SIGTERM), output)
-        self.assertFalse(os.path.exists(program.socket))
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+            program = Program(self, [*TWISTD, "--nodaemon", "--pidfile=", "guixd", "--cores=2"])
+            self.assertEqual(program.state(), b"READY=1")
+            program.greet()
+            status, output = program.end(number)
+            self.assertIn(status, (0, -number), output)
+            self.assertIn("Main loop terminated", output)
+            self.assertFalse(os.path.exists(program.socket))
 
     def test_busy_client(self) -> None:
         """O20: a client at work does not keep the daemon from ending."""
