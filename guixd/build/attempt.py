@@ -215,11 +215,9 @@ class Attempt:
         shop, job = self._shop, self._job
         names = ", ".join(f"`{output.path}'" for _, output in sorted(wanted.items()))
         job.say.log(Level.INFO, f"building path(s) {names}")
-        outputs = [output.path for output in job.drv.outputs.values()]
-        if self._mode is BuildMode.NORMAL:
-            taken = [path for path in outputs if shop.store.database.is_valid(path)]
-        else:
-            taken = outputs
+        normal = self._mode is BuildMode.NORMAL
+        outputs = job.drv.outputs.items()
+        taken = [output.path for name, output in outputs if not normal or name not in wanted]
         apart = self._contained or self._git
         where = targets(shop.store.directory, job.path, job.drv, wanted, taken, contained=apart)
         own = shop.store.temp_roots() if where.elsewhere else None

@@ -176,7 +176,8 @@ class SharedBuild:
         options = (attachment.options for attachment in self._attachments)
         keeper = next((each for each in options if each.keep_failed), None)
         if keeper is None:
-            return replace(self._options, keep_failed=False)
+            own = self._options
+            return replace(own, keep_failed=False) if own.keep_failed else own
         return replace(
             self._options,
             keep_failed=True,
