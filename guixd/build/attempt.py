@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
@@ -103,6 +104,8 @@ class Attempt:
             raise
         except (BuildFailure, GuixdError, OSError) as error:
             result = result_of(error)
+            if isinstance(error, OSError):
+                result = replace(result, text=f"cannot build `{self._job.path}': {result.text}")
             await self._remember(result)
         finally:
             self._make_room()

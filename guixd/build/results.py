@@ -78,9 +78,13 @@ def result_of(error: BaseException) -> Result:
     """Return the result of a build that ERROR ended."""
     if isinstance(error, BuildFailure):
         return error.result
-    text = error.text if isinstance(error, GuixdError) else str(error) or repr(error)
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
-        text += "; `guix gc' frees space in the store"
+    if isinstance(error, OSError):
+        where = f" '{error.filename}'" if error.filename else ""
+        text = f"cannot access{where}: {error.strerror or error}"
+        if error.errno in (ENOSPC, EDQUOT):
+            text += "; `guix gc' frees space in the store"
+    else:
+        text = error.text if isinstance(error, GuixdError) else str(error) or repr(error)
     return Result(Status.MISC_FAILURE, text, general=True)
 
 

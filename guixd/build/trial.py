@@ -34,7 +34,7 @@ from guixd.build.targets import Targets
 from guixd.build.threads import inline
 from guixd.build.uplink import NoUplink, connect
 from guixd.build.users import BuildUser
-from guixd.build.verdicts import builder_failed, timed_out
+from guixd.build.verdicts import builder_failed, full_disks, timed_out
 from guixd.build.workshop import Workshop
 from guixd.build.workspace import Kept, Workspace
 from guixd.errors import GuixdError, SandboxError
@@ -296,11 +296,13 @@ class Trial:
             known=self._process.known if self._process is not None else {},
         )
         if isinstance(reason.value, ProcessTerminated):
-            if self._contained:
+            full = full_disks(shop.settings.directories)
+            # What filled the disk would go on doing so.
+            if self._contained and (job.options.keep_failed or not full):
                 with harvest:
                     await shop.threads(harvest.salvage)
             limit = self._group.verdict() if self._group is not None else ""
-            raise builder_failed(job, reason.value, shop.settings, limit)
+            raise builder_failed(job, reason.value, shop.settings, full, limit)
         try:
             with harvest:
                 await finish(harvest)

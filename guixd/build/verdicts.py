@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 
 from twisted.internet.error import ProcessTerminated
 
@@ -12,7 +13,7 @@ from guixd.build.job import Job
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.path import StorePath
 from guixd.formats.sizes import short_size
-from guixd.settings import Settings
+from guixd.settings import Directories, Settings
 
 KILLED = (
     "if nobody killed it, the machine was out of memory: the kernel's log tells;"
@@ -25,10 +26,11 @@ DISK_FULL = 8 << 20
 
 
 def builder_failed(
-    job: Job, reason: ProcessTerminated, settings: Settings, limit: str = ""
+    job: Job, reason: ProcessTerminated, settings: Settings, full: Sequence[str], limit: str = ""
 ) -> BuildFailure:
     """Return what the failure of the builder of JOB, which ended for REASON, means.
 
+    :param full: what `full_disks` said at its end.
     :param limit: which of the daemon's limits it met, in words; empty if none.
     """
     if reason.signal is not None:
@@ -36,30 +38,33 @@ def builder_failed(
         end = f"failed due to signal {reason.signal} ({name})"
     else:
         end = f"failed with exit code {reason.exitCode}"
-    advice = []
-    full = False
-    directories = settings.directories
-    for path in dict.fromkeys((directories.store, directories.temporary)):
-        free = _free(path)
-        if free < DISK_FULL:
-            full = True
-            advice.append(
-                "the disk is nearly full, which may be why the build failed:"
-                f" {short_size(free)} are free for `{path}'; `guix gc' frees space in the store"
-            )
+    advice = list(full)
     if limit:
         end += f": {limit}"
     elif signal.SIGKILL in (reason.signal, (reason.exitCode or 0) - _SHELL):
         advice.append(KILLED)
     advice += _foreign(job.drv.platform, settings)
     advice += _keeping(job)
-    transient = full or bool(limit) or job.drv.has_fixed_outputs
+    transient = bool(full or limit) or job.drv.has_fixed_outputs
     return BuildFailure(
         Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,
         f"builder for `{job.path}' {end}",
         *advice,
         in_log=True,
     )
+
+
+def full_disks(directories: Directories) -> list[str]:
+    """Return what to tell of disks that builds write to and that are nearly full."""
+    said = []
+    for path in dict.fromkeys((directories.store, directories.temporary)):
+        free = _free(path)
+        if free < DISK_FULL:
+            said.append(
+                "the disk is nearly full, which may be why the build failed:"
+                f" {short_size(free)} were free for `{path}'; `guix gc' frees space in the store"
+            )
+    return said
 
 
 def _foreign(platform: str, settings: Settings) -> list[str]:

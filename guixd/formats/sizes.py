@@ -17,4 +17,4 @@ def size_text(size: int) -> str:
 
 def short_size(size: int) -> str:
     """Write SIZE, a number of bytes, within a line."""
-    return size_text(size).strip()
+    return " ".join(size_text(size).split())

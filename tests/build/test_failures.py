@@ -195,7 +195,7 @@ class KindTests(TestCase):
         """B36: a builder that fails while the disk is full: how much is free, and what helps."""
         self.patch(verdicts, "DISK_FULL", 1 << 62)
         world = World(self)
-        kind = Kind("exit 1", ("iB are free for `", "`guix gc'"), 1)
+        kind = Kind("exit 1", ("iB were free for `", "`guix gc'"), 1)
         await self.fails(world, kind, world.derive("a", "echo said; exit 1"))
 
     async def test_check(self) -> None:
