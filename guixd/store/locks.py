@@ -227,10 +227,18 @@ class PathLocks:
                     except FileNotFoundError:
                         pass
                     reached("locks.removed")
-                    os.write(fd, _STALE)
+                    mark_removed(fd)
             finally:
                 os.close(fd)
         self._forget([name for name, _ in files])
+
+
+def mark_removed(fd: int) -> None:
+    """Let who has opened the file FD, which was unlinked, see that; on a full disk, too."""
+    try:
+        os.write(fd, _STALE)
+    except OSError:
+        os.truncate(fd, len(_STALE))
 
 
 def _lock_path(name: str, wait: bool) -> int | None:

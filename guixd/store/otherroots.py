@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from guixd.errors import NotInStore, StoreError
 from guixd.formats.path import StoreDirectory, StorePath
-from guixd.store.locks import lock_descriptor
+from guixd.store.locks import lock_descriptor, mark_removed
 
 MOST_BYTES = 1 << 30
 """A file longer than this is not read."""
@@ -56,7 +56,7 @@ class OtherRoots:
             if lock_descriptor(fd, exclusive=True):
                 report(f"removing stale temporary roots file '{file}'")
                 os.unlink(file)
-                os.write(fd, b"d")  # who is about to use it sees that it is gone
+                mark_removed(fd)
                 os.close(fd)
                 return
             lock_descriptor(fd, exclusive=False, wait=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from guixd.errors import StoreError
 from guixd.store.locks import FileLock, PathLocks
 from tests.store.holder import Holder
-from tests.support import temporary_directory
+from tests.support import is_root, require, temporary_directory
 
 
 class Case(SynchronousTestCase):
@@ -187,6 +188,21 @@ class PathLockTests(Case):
         self.addCleanup(got[0].release, delete=False)
         self.assertEqual(os.stat(self.lock_file).st_size, 0)
         self.assertEqual(Holder(self).ask("write", self.lock_file), "no")
+
+    def test_full_disk(self) -> None:
+        """S15, B36: what is right but the disk is full is no failure, and who waits sees it."""
+        require(is_root(), "root")
+        small = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", self.directory]
+        subprocess.run(small, check=True)
+        self.addCleanup(subprocess.run, ["umount", self.directory], check=True)
+        locks, opened = self.acquire(), os.open(self.lock_file, os.O_RDONLY)
+        self.addCleanup(os.close, opened)
+        with self.assertRaises(OSError), Path(self.directory, "large").open("wb", 0) as large:
+            while True:
+                large.write(bytes(4096))
+        locks.release(delete=True)
+        self.assertEqual(os.fstat(opened).st_size, 1)
+        self.assertEqual(os.listdir(self.directory), ["large"])
 
     def test_foreigner_sees_ours_stale(self) -> None:
         """S15: who waits for a file that we remove finds it not empty."""
