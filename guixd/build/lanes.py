@@ -1,13 +1,16 @@
 """How many downloads run at once: in all, and from each server (spec: substitutes §2).
 
-They do not count as builds.  Who waits is served by priority, and who waits for a busy
-server does not keep others from going on.
+They do not count as builds.  A free lane goes to the client with the fewest downloads,
+and of one client's by priority; who waits for a busy server does not keep others from
+going on.  However slow the servers of some are, every client has a few lanes.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from twisted.internet.defer import Deferred
@@ -16,13 +19,23 @@ from guixd.build.scheduler import Priority
 
 MOST = 16
 MOST_PER_SERVER = 8
+GUARANTEED = 2
+"""How many lanes a client gets even if there are too many in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The right to download something from SERVER on account of CLIENT."""
+
+    server: str
+    client: Hashable
 
 
 @dataclass(order=True, slots=True)
 class _Ticket:
     priority: Priority
     number: int
-    granted: Deferred[None] = field(compare=False)
+    granted: Deferred[Lane] = field(compare=False)
     dead: bool = field(default=False, compare=False)
 
 
@@ -32,31 +45,40 @@ class Lanes:
     :ivar running: how many are in use.
     """
 
-    def __init__(self, most: int = MOST, most_per_server: int = MOST_PER_SERVER) -> None:
+    def __init__(
+        self,
+        most: int = MOST,
+        most_per_server: int = MOST_PER_SERVER,
+        guaranteed: int = GUARANTEED,
+    ) -> None:
         self.running = 0
         self._most = most
         self._most_per_server = most_per_server
-        self._used: dict[str, int] = {}
-        self._queues: dict[str, list[_Ticket]] = {}
+        self._guaranteed = guaranteed
+        self._servers: Counter[str] = Counter()
+        self._clients: Counter[Hashable] = Counter()
+        self._queues: dict[Lane, list[_Ticket]] = {}
         self._numbers = itertools.count()
         self._sharing = False
 
-    def acquire(self, server: str, priority: Priority) -> Deferred[None]:
+    def acquire(self, server: str, priority: Priority, client: Hashable = None) -> Deferred[Lane]:
         """Wait for a lane to SERVER; cancel the Deferred to give up.
 
         :param priority: what is smaller goes first.
         """
         ticket = _Ticket(priority, next(self._numbers), Deferred(lambda _: self._drop(ticket)))
-        heapq.heappush(self._queues.setdefault(server, []), ticket)
+        heapq.heappush(self._queues.setdefault(Lane(server, client), []), ticket)
         self._run()
         return ticket.granted
 
-    def release(self, server: str) -> None:
-        """Give a lane to SERVER back."""
+    def release(self, lane: Lane) -> None:
+        """Give LANE back."""
         self.running -= 1
-        self._used[server] -= 1
-        if not self._used[server]:
-            del self._used[server]
+        self._servers.subtract([lane.server])
+        self._clients.subtract([lane.client])
+        if not self.running:  # neither shall grow for ever
+            self._servers.clear()
+            self._clients.clear()
         self._run()
 
     def _drop(self, ticket: _Ticket) -> None:
@@ -68,27 +90,29 @@ class Lanes:
             return
         self._sharing = True
         try:
-            while self.running < self._most and self._grant_one():
+            while self._grant_one():
                 pass
         finally:
             self._sharing = False
 
+    def _may_run(self, lane: Lane) -> bool:
+        if self._servers[lane.server] >= self._most_per_server:
+            return False
+        return self.running < self._most or self._clients[lane.client] < self._guaranteed
+
     def _grant_one(self) -> bool:
-        for server, queue in list(self._queues.items()):
+        for lane, queue in list(self._queues.items()):
             while queue and queue[0].dead:
                 heapq.heappop(queue)
             if not queue:
-                del self._queues[server]
-        ready = [
-            (queue[0], server)
-            for server, queue in self._queues.items()
-            if self._used.get(server, 0) < self._most_per_server
-        ]
+                del self._queues[lane]
+        ready = [lane for lane in self._queues if self._may_run(lane)]
         if not ready:
             return False
-        ticket, server = min(ready)
-        heapq.heappop(self._queues[server])
+        lane = min(ready, key=lambda lane: (self._clients[lane.client], self._queues[lane][0]))
+        ticket = heapq.heappop(self._queues[lane])
         self.running += 1
-        self._used[server] = self._used.get(server, 0) + 1
-        ticket.granted.callback(None)
+        self._servers[lane.server] += 1
+        self._clients[lane.client] += 1
+        ticket.granted.callback(lane)
         return True

@@ -49,7 +49,7 @@ class Substitutes:
         self._means = Means(
             reactor, threads, store, claims, lanes or Lanes(), narinfos, servers, fetcher
         )
-        self._running: dict[StorePath, Substitution] = {}
+        self._running: dict[StorePath, list[Substitution]] = {}
         self._ending: set[Substitution] = set()
 
     async def find(
@@ -69,17 +69,17 @@ class Substitutes:
         self, offer: Offer, options: ClientOptions, priority: Priority, observer: Observer
     ) -> tuple[Substitution, Attachment]:
         """Let a client take part in the substitution of OFFER, which begins if it does not run."""
-        path = offer.narinfo.path
-        substitution = self._running.get(path)
-        if substitution is not None and not substitution.abandoned:
-            return substitution, substitution.attach(observer, options)
-        return self._begin(Substitution(self._means, offer, options, priority), observer, options)
+        # Whoever names other servers, maybe slow ones, keeps nobody else waiting.
+        for running in self._running.get(offer.narinfo.path, ()):
+            if running.offer.sources == offer.sources and not running.abandoned:
+                return running, running.attach(observer, options)
+        substitution = Substitution(self._means, offer, options, priority)
+        self._running.setdefault(substitution.path, []).append(substitution)
+        return self._begin(substitution, observer, options)
 
     def _begin(
         self, substitution: Substitution, observer: Observer, options: ClientOptions
     ) -> tuple[Substitution, Attachment]:
-        if not substitution.repairs:
-            self._running[substitution.path] = substitution
         self._ending.add(substitution)
         attachment = substitution.attach(observer, options)
         substitution.ended.addCallback(lambda _: self._forget(substitution))
@@ -88,8 +88,15 @@ class Substitutes:
 
     def _forget(self, substitution: Substitution) -> None:
         self._ending.discard(substitution)
-        if self._running.get(substitution.path) is substitution:
-            del self._running[substitution.path]
+        path = substitution.path
+        running = self._running.get(path, [])
+        if substitution in running:
+            running.remove(substitution)
+        if not running:
+            self._running.pop(path, None)
+        elif self._means.store.database.is_valid(path):
+            for other in tuple(running):
+                other.overtake()
 
     async def repair(
         self,

@@ -1,8 +1,9 @@
 """One path being substituted, for all clients that want it (substitutes §7, §8).
 
-It waits for a lane and the lock of the path, takes the archive in from one place after
-the other until one is right, and makes the item valid.  The options of the client that
-came first count.  When the last client leaves, it is given up.
+It waits for those who make the item already and for a lane, takes the archive in from one
+place after the other until one is right, and then, with the lock of the path, makes the
+item valid.  The options of the client that came first count.  When the last client leaves,
+it is given up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from twisted.python.failure import Failure
 from guixd.build.broadcast import Observer
 from guixd.build.claims import Claims
 from guixd.build.foreign import released
-from guixd.build.lanes import Lanes
+from guixd.build.lanes import Lane, Lanes
 from guixd.build.request import ClientOptions
 from guixd.build.results import Result, Status, result_of
 from guixd.build.scheduler import Priority
@@ -43,7 +44,7 @@ from guixd.net.receiving import FetcherLike
 from guixd.store.incoming import Incoming
 from guixd.store.links import Links
 from guixd.store.local import LocalStore
-from guixd.store.locks import PathLocks
+from guixd.store.locks import PathLocks, is_locked
 
 _log = Logger()
 
@@ -99,7 +100,7 @@ class Substitution:
         self.abandoned = False
         self.ended: Deferred[None] = Deferred()
         self._means = means
-        self._offer = offer
+        self.offer = offer
         self._options = options
         self._priority = priority
         self.repairs = repair
@@ -107,6 +108,8 @@ class Substitution:
         self._said: list[Event] = []
         self._running: Deferred[Result] | None = None
         self._watchdog: Watchdog | None = None
+        self._lane: Lane | None = None
+        self._overtaken = False
         self._expired = ""
         self._result: Result | None = None
 
@@ -141,6 +144,12 @@ class Substitution:
         self.abandoned = True
         self._cancel()
 
+    def overtake(self) -> None:
+        """End, as the item has become valid."""
+        if not self.repairs:
+            self._overtaken = True
+            self._cancel()
+
     def _cancel(self) -> None:
         if self._running is not None:
             self._running.cancel()
@@ -165,32 +174,11 @@ class Substitution:
     # --- its life ----------------------------------------------------------------------
 
     async def _run(self) -> Result:
-        claims = self._means.claims
-        waiting = claims.claim(self.path)
-        if waiting is not None:
-            await waiting
+        await self._wait_for_others()
         try:
             if self._is_done():
                 return Result(Status.ALREADY_VALID)
-            server = self._offer.sources[0].server
-            await self._means.lanes.acquire(server, self._priority)
-            try:
-                return await self._with_lane()
-            finally:
-                self._means.lanes.release(server)
-        finally:
-            claims.free([self.path])
-
-    def _is_done(self) -> bool:
-        return not self.repairs and self._means.store.database.is_valid(self.path)
-
-    async def _with_lane(self) -> Result:
-        locks = await self._lock()
-        valid = False
-        try:
-            if self._is_done():
-                valid = True
-                return Result(Status.ALREADY_VALID)
+            await self._go_to(self.offer.sources[0].server)
             self._watchdog = Watchdog(
                 self._means.reactor,
                 self._expire,
@@ -199,12 +187,61 @@ class Substitution:
                 size=0,
             )
             await self._substitute()
-            valid = True
             return Result(Status.SUBSTITUTED)
         finally:
             if self._watchdog is not None:
                 self._watchdog.stop()
-            locks.release(delete=valid or self._means.store.database.is_valid(self.path))
+            self._leave_lane()
+
+    def _is_done(self) -> bool:
+        return not self.repairs and self._means.store.database.is_valid(self.path)
+
+    async def _go_to(self, server: str) -> None:
+        """Wait for a lane to SERVER, in place of the one to another."""
+        if self._lane is not None and self._lane.server == server:
+            return
+        self._leave_lane()
+        if self._watchdog is not None:
+            self._watchdog.hold(True)
+        client = self._options.client_uid
+        self._lane = await self._means.lanes.acquire(server, self._priority, client)
+        if self._watchdog is not None:
+            self._watchdog.hold(False)
+
+    def _leave_lane(self) -> None:
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            self._means.lanes.release(lane)
+
+    async def _wait_for_others(self) -> None:
+        """Let those end who make the item already: a build, or another process."""
+        await self._claim()
+        self._means.claims.free([self.path])
+        file = self.path + ".lock"
+        if is_locked(file):
+            self._warn(f"waiting for the lock on `{self.path}'")
+            await released(self._means.reactor, [file])
+
+    async def _claim(self) -> None:
+        waiting = self._means.claims.claim(self.path)
+        if waiting is not None:
+            await waiting
+
+    async def _commit(self, incoming: Incoming) -> None:
+        """Make the item valid, unless somebody else has done that meanwhile."""
+        narinfo, database = self.offer.narinfo, self._means.store.database
+        await self._claim()
+        try:
+            locks = await self._lock()
+            try:
+                if not self._is_done():
+                    await self._when_free(
+                        lambda: incoming.commit(narinfo.references, narinfo.deriver)
+                    )
+            finally:
+                locks.release(delete=database.is_valid(self.path))
+        finally:
+            self._means.claims.free([self.path])
 
     async def _lock(self) -> PathLocks:
         """Take the lock file of the path; another process may have it for long."""
@@ -226,13 +263,14 @@ class Substitution:
         self._tell(Event(SubstituterStarted(self.path).line))
         worst: GuixdError | None = None
         tried: set[str] = set()
-        for sources in (self._offer.sources, None):
+        for sources in (self.offer.sources, None):
             if sources is None:  # the servers that were not asked before
                 servers = await self._means.servers.of(self._options)
-                sources = await self._means.narinfos.more(self._offer, servers)
-            for place in self._places(sources):
+                sources = await self._means.narinfos.more(self.offer, servers)
+            for server, place in self._places(sources):
                 if place.url in tried:
                     continue
+                await self._go_to(server)
                 try:
                     await self._take_in(place)
                 except GuixdError as error:
@@ -246,18 +284,18 @@ class Substitution:
                     return
         raise worst or GuixdError(f"no place is known to have `{self.path}'")
 
-    def _places(self, sources: Any) -> Iterator[Place]:
+    def _places(self, sources: Any) -> Iterator[tuple[str, Place]]:
         for source in sources:
             nearest = self._means.servers.nearest(source.server)
             for place in places(source, supported()):
-                yield replace(place, nearest=max(place.nearest, nearest))
+                yield source.server, replace(place, nearest=max(place.nearest, nearest))
 
     async def _take_in(self, place: Place) -> None:
         """Make the item valid from PLACE.
 
         :raises GuixdError: that was not possible; nothing is left of it.
         """
-        means, narinfo = self._means, self._offer.narinfo
+        means, narinfo = self._means, self.offer.narinfo
         links = Links(means.store.directory.path) if self._options.deduplicate else None
         incoming = await self._when_free(
             lambda: Incoming(
@@ -280,7 +318,7 @@ class Substitution:
                 self._progress,
             )
             await transfer.run()
-            await self._when_free(lambda: incoming.commit(narinfo.references, narinfo.deriver))
+            await self._commit(incoming)
         finally:
             await to_the_end(means.threads(incoming.discard))
 
@@ -300,6 +338,9 @@ class Substitution:
     def _finish(self, outcome: Result | Failure) -> None:
         if isinstance(outcome, Result):
             self._result = outcome
+        elif self._overtaken:
+            self._tell(Event(SubstituterSucceeded(self.path).line))
+            self._result = Result(Status.SUBSTITUTED)
         elif self._expired:
             text = f"substitution of `{self.path}' {self._expired}"
             self._tell(Event(SubstituterFailed(self.path, "timeout").line, text))

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from twisted.internet.defer import Deferred
+
 from guixd.build import transfer
 from guixd.build.request import BuildMode
 from guixd.client import Client
@@ -77,6 +79,19 @@ class BrokenTransfers(SubstituteCase):
             self.assertEqual(len([r for r in other.requests if "/nar/" in r]), 1)
             await client.collect_garbage(3, [path])
             await client.close()
+
+    async def test_servers_of_others(self) -> None:
+        """U11, U21: a server that stalls is in the way of those only who name it."""
+        begun: Deferred[Asked] = Deferred()
+        path = await self.prepared(lambda connection, _: begun.callback(connection))
+        first = await self.client()
+        waiting = first.build_paths([path])
+        stalled = await begun
+        other = self.another(path)
+        await self.comes(path, await self.client(urls=other.url("")))
+        await waiting
+        await stalled.closed
+        self.assertTrue(await first.is_valid_path(path))
 
     async def test_same_server_again(self) -> None:
         """U11: without another place, it is tried once more from the beginning."""
