@@ -31,7 +31,7 @@ from guixd.formats.hashes import to_base32
 from guixd.formats.path import StorePath
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.receiving import receive
-from guixd.net.requests import RESUMPTIONS, SCHEMES, Head, Request
+from guixd.net.requests import LEAST, RESUMPTIONS, SCHEMES, Head, Request
 
 ARCHIVE = "https://web.archive.org/web/20260101000000/"
 """What precedes a URL in the Internet Archive, which takes the nearest date."""
@@ -193,7 +193,7 @@ class Download:
         if check_url(url) not in SCHEMES:
             self._say(f"URLs of type '{check_url(url)}' are not supported\n")
             return False
-        request = Request(url, resumptions=RESUMPTIONS, nearest=self._tools.nearest)
+        request = Request(url, least=LEAST, resumptions=RESUMPTIONS, nearest=self._tools.nearest)
         for _ in range(_TRIES):
             draft.restart()
             try:

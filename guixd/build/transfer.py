@@ -14,14 +14,12 @@ from guixd.formats.sizes import short_size
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.places import Place
 from guixd.net.receiving import FetcherLike, receive
-from guixd.net.requests import RESUMPTIONS, Head, Request
+from guixd.net.requests import LEAST, RESUMPTIONS, Head, Request
 from guixd.store.incoming import Incoming
 
 CONNECT_TIMEOUT = 5.0
 IDLE_TIMEOUT = 30.0
 """Seconds until something must come; then the next place is tried."""
-LEAST = 1 << 10
-"""So many bytes must come in that time."""
 
 
 class Transfer:

@@ -12,6 +12,8 @@ from typing import Any
 SCHEMES = ("http", "https", "ftp")
 RESUMPTIONS = 5
 """How often a transfer had best go on where it broke off."""
+LEAST = 1 << 10
+"""Bytes of a body that had best come in the time in which something must."""
 LONGEST_BODY = 1 << 20
 """Of the answer to a lookup."""
 AGENT = "GNU Guile"
