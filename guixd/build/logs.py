@@ -104,6 +104,7 @@ class LogFile:
     the private steps that `write` starts there.  A disk error ends the writing,
     not the build.
 
+    :ivar problem: why not all of it could be written; empty if it was.
     :param on_room: called with False when too much is queued, with True when
         there is room again.
     """
@@ -117,6 +118,7 @@ class LogFile:
         on_room: Callable[[bool], None] = lambda room: None,
     ) -> None:
         self.path = path
+        self.problem = ""
         self.compression = compression
         self._clock = clock
         self._threads = threads
@@ -133,10 +135,13 @@ class LogFile:
         self._timer: IDelayedCall | None = None
 
     def open(self) -> None:
-        """Begin a new file in place of an older one.
+        """Begin a new file in place of an older one, or see that there is a `problem`."""
+        try:
+            self._open()
+        except OSError as error:
+            self.problem = _reason(error)
 
-        :raises OSError: the file cannot be made.
-        """
+    def _open(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         while self._fd < 0:
             try:
@@ -195,6 +200,7 @@ class LogFile:
 
     def _failed(self, failure: Failure) -> None:
         _log.failure("cannot write the log {path}", failure, path=self.path)
+        self.problem = _reason(failure.value)
         waiters, self._working = self._working or [], None
         self._writing = self._unflushed = False
         self._queued = 0
@@ -251,19 +257,22 @@ class LogFile:
         return self._codec is None and self._queued <= SMALL and self.compression != "bzip2"
 
     def end(self) -> None:
-        """Write what is left and end the file; blocks.  A second call does nothing.
-
-        :raises OSError: the file cannot be written.
-        """
+        """Write what is left and end the file; blocks.  A second call does nothing."""
         if self._writing:
             self._writing = self._unflushed = False
             data = b"".join(self._pending)
             self._pending.clear()
-            if self._codec is None and not data:
-                _write_all(self._fd, _empty(self.compression))
-                return
-            codec = self._codec or _CODECS[self.compression]()
-            _write_all(self._fd, codec.add(data) + codec.end())
+            try:
+                self._write_end(data)
+            except OSError as error:
+                self.problem = _reason(error)
+
+    def _write_end(self, data: bytes) -> None:
+        if self._codec is None and not data:
+            _write_all(self._fd, _empty(self.compression))
+            return
+        codec = self._codec or _CODECS[self.compression]()
+        _write_all(self._fd, codec.add(data) + codec.end())
 
     def release(self) -> None:
         """Let go of the closed file, which nobody will read back any more."""
@@ -280,6 +289,10 @@ class LogFile:
             return LogReader(f"/proc/self/fd/{self._fd}", self.compression)
         except OSError:
             return None
+
+
+def _reason(error: BaseException | None) -> str:
+    return (isinstance(error, OSError) and error.strerror) or repr(error)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -160,10 +160,7 @@ class Trial:
         )
         log = self._job.say.log_file
         if log is not None:
-            try:
-                log.open()
-            except OSError:
-                _log.failure("cannot keep the log {path}", path=log.path)
+            log.open()
         return workspace
 
     def _spec(self, workspace: Workspace, inputs: frozenset[StorePath]) -> SandboxSpec:
@@ -343,15 +340,20 @@ class Trial:
         log = job.say.log_file
         if log is not None and self._ends:
             await log.settle()
+        kept = None
         try:
-            if not keep and (log is None or log.is_small) and self._remove_small(workspace):
-                return
-            kept = await self._shop.threads(self._clean, workspace, keep)
+            small = not keep and (log is None or log.is_small)
+            if not (small and self._remove_small(workspace)):
+                kept = await self._shop.threads(self._clean, workspace, keep)
         except (GuixdError, OSError):
             if not self._finished:
                 raise
             _log.failure("cannot clean up after {path}", path=job.path)
             return
+        if log is not None and log.problem and self._ends:
+            text = f"the log `{log.path}' is not complete: {log.problem}"
+            _log.error("{text}", text=text)
+            job.say.log(Level.ERROR, text)
         if kept is not None:
             job.say.log(Level.ERROR, f"keeping build directory `{kept.path}'")
             if kept.problem:
@@ -392,7 +394,4 @@ class Trial:
     def _end_log(self) -> None:
         log = self._job.say.log_file
         if log is not None and self._ends:
-            try:
-                log.end()
-            except OSError:
-                _log.failure("cannot end the log {path}", path=log.path)
+            log.end()

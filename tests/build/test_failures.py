@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -197,6 +198,14 @@ class KindTests(TestCase):
         world = World(self)
         kind = Kind("exit 1", ("iB were free for `", "`guix gc'"), 1)
         await self.fails(world, kind, world.derive("a", "echo said; exit 1"))
+
+    async def test_no_log(self) -> None:
+        """B29: when the log cannot be kept, the build goes on and its client is told."""
+        world = World(self)
+        Path(world.settings.directories.log).write_text("not a directory")
+        observer = Recorder()
+        await world.build(world.derive("a"), observer=observer)
+        self.assertIn("-a.drv.gz' is not complete: Not a directory", observer.logs[-1])
 
     async def test_check(self) -> None:
         """B15: a check that differs says how to keep, or to compare, what was made."""

@@ -139,6 +139,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
         log.write(b"x" * BATCH)
         log.end()
+        self.assertEqual(log.problem, "No space left on device")
 
 
 def _read_all(path: str, compression: str) -> bytes:
