@@ -66,6 +66,14 @@ class FailureTests(SynchronousTestCase):
             bench.place.stop()
         self.assertEqual(*seen)
 
+    def test_told(self) -> None:
+        """B29, P24: who lets guix hide the logs of builds reads the end of one that failed."""
+        bench = Bench(self, GUIXD)
+        output = bench.build("fails", "--verbosity=1", status=1)
+        said = output.out + output.err
+        self.assertIn("the last lines of its log:\n  > it is written\n", said)
+        self.assertEqual(said.count("/var/log/guix/drvs/"), 1, said)  # guix says where it is
+
     def test_repair(self) -> None:
         """B16, P18: a damaged output, or what it refers to, is made again by its derivation."""
         for daemon in STOCK, GUIXD:
