@@ -215,10 +215,11 @@ def _make_chroot(chroot: str, user: BuildUser | None) -> int:
         os.mkdir(chroot, 0o750)
     above = _open_own(chroot, None, 0o750)
     try:
-        os.mkdir(_TMP, 0o700, dir_fd=above)
-        os.close(_open_own(_TMP, above, 0o1777))
-        os.mkdir(_STORE, 0o700, dir_fd=above)
-        store = _open_own(_STORE, above, 0o1775)
+        # Nobody else can enter the directory above.
+        for name, mode in (_TMP, 0o1777), (_STORE, 0o1775):
+            os.mkdir(name, dir_fd=above)
+            os.chmod(name, mode, dir_fd=above)
+        store = os.open(_STORE, _DIRECTORY, dir_fd=above)
     finally:
         os.close(above)
     if user is not None:

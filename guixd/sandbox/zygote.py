@@ -192,13 +192,16 @@ class _Zygote:
         return 0
 
     def _fork_ahead(self) -> None:
-        """Fork several at once, as each page that is touched after a fork must be copied."""
+        """Fork several at once, as each page that is touched after a fork must be copied.
+
+        One only if that takes long, or if a builder is alone, whose end would have to wait.
+        """
         kind, self._kind = self._kind, None
         assert kind is not None
         with suppress(OSError):  # The next build tells.
             while len(self._waiting) < _MOST_WAITING:
                 self._children[self._fork(kind)] = _Child(0, kind)
-                if isinstance(kind, tuple):  # That takes long.
+                if isinstance(kind, tuple) or len(self._pids) < 2:
                     break
             self._kind = kind
 
