@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from twisted.internet import reactor
@@ -232,7 +232,7 @@ def _open_files() -> set[str]:
     """Return what this process, with the daemon's threads, has open."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             found.add(os.readlink(f"/proc/self/fd/{name}"))
     return found
 
