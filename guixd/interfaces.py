@@ -13,8 +13,11 @@ class IBuildObserver(Interface):
     def log(level: int, text: str) -> None:
         """One or more whole lines of the daemon's own, without the last newline."""
 
-    def trace(line: str) -> None:
-        """A machine-readable line beginning with `@ `, without a newline."""
+    def trace(line: str, instead: str = "") -> None:
+        """A machine-readable line beginning with `@ `, without a newline.
+
+        Who gets no such lines reads INSTEAD, if that is not empty.
+        """
 
     def output(pid: int, chunk: bytes) -> None:
         """What the builder PID of a build wrote."""

@@ -32,7 +32,7 @@ class Observer(Protocol):
     """`interfaces.IBuildObserver` for the type checker."""
 
     def log(self, level: int, text: str) -> None: ...
-    def trace(self, line: str) -> None: ...
+    def trace(self, line: str, instead: str = "") -> None: ...
     def output(self, pid: int, chunk: bytes) -> None: ...
     def last_words(self, lines: Sequence[str], file: str) -> None: ...
     def full(self) -> Deferred[None] | None: ...
@@ -75,9 +75,9 @@ class Broadcast:
         """Send lines of the daemon's own."""
         self._add(lambda observer: observer.log(level, text))
 
-    def trace(self, line: str) -> None:
-        """Send a machine-readable line."""
-        self._add(lambda observer: observer.trace(line))
+    def trace(self, line: str, instead: str = "") -> None:
+        """Send a machine-readable line, or INSTEAD to who gets no such lines."""
+        self._add(lambda observer: observer.trace(line, instead))
 
     def recall(self, observer: Observer | None = None, *, lines: bool) -> None:
         """Say where the log of a failed build is, and its last LINES; to one OBSERVER or to all."""

@@ -100,8 +100,8 @@ class Harvest:
     """Where files are shared with equal ones of the store; closed in the end."""
     known: Mapping[StorePath, Known] = field(default_factory=dict)
     """What need not be found out again."""
-    mismatches: list[str] = field(default_factory=list)
-    """Trace lines to send before the failure."""
+    mismatches: list[HashMismatch] = field(default_factory=list)
+    """What is to be told before the failure."""
     _seen: InodesSeen = field(default_factory=set)
     _opened: list[int] = field(default_factory=list)
     _staging: int = -1
@@ -328,11 +328,10 @@ class Harvest:
                 _notation(expected, algorithm),
                 _notation(actual, algorithm),
             )
-            self.mismatches.append(mismatch.line)
+            self.mismatches.append(mismatch)
             raise BuildFailure(
                 Status.OUTPUT_REJECTED,
-                f"{output.algorithm} hash mismatch for output path `{output.path}':"
-                f" expected {mismatch.expected}, actual {mismatch.actual}",
+                f"hash mismatch for output path `{output.path}'",
                 "if this is what it should be, the derivation has to say the actual hash;"
                 " else what it was made from has changed",
             )

@@ -306,8 +306,9 @@ class Trial:
             for note in harvest.links.notes if harvest.links is not None else ():
                 job.say.log(Level.INFO, note)
         except BuildFailure:
-            for line in harvest.mismatches:
-                job.say.trace(line)
+            for wrong in harvest.mismatches:
+                hashes = f"expected {wrong.algorithm} {wrong.expected}, actual {wrong.actual}"
+                job.say.trace(wrong.line, hashes)
             raise
 
     def _open_source(self, workspace: Workspace) -> int:

@@ -77,11 +77,13 @@ class ClientLog:
                 line = f"\x1b[{level}s{line}"
             self._messages.next(line.encode("utf-8", "surrogateescape") + b"\n")
 
-    def trace(self, line: str) -> None:
-        """Send a line for programs if the client wants them."""
+    def trace(self, line: str, instead: str = "") -> None:
+        """Send a line for programs if the client wants them, else INSTEAD if there is any."""
         if self.working and self._options.print_trace:
             self._flush()
             self._messages.next(line.encode("utf-8", "surrogateescape") + b"\n")
+        elif instead:
+            self.log(Level.ERROR, instead)
 
     def output(self, pid: int, chunk: bytes) -> None:
         """Send what the builder PID wrote, cut between characters."""

@@ -48,12 +48,16 @@ class Recorder:
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
     blocked: Deferred[None] | None = None
+    instead: list[str] = field(default_factory=list)
+    """What is told in place of traces to who gets none."""
     _wanted: list[tuple[str, Deferred[None]]] = field(default_factory=list)
 
     def log(self, level: int, text: str) -> None:
         self._add(("log", int(level), text), text)
 
-    def trace(self, line: str) -> None:
+    def trace(self, line: str, instead: str = "") -> None:
+        if instead:
+            self.instead.append(instead)
         self._add(("trace", line), line)
 
     def output(self, pid: int, chunk: bytes) -> None:

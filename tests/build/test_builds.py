@@ -412,6 +412,8 @@ class OutputTests(Real):
             ]
             trace = f"@ hash-mismatch {world.output(drv)} {algorithm} {' '.join(words)}"
             self.assertEqual(observer.traces[-2], trace)
+            instead = f"expected {algorithm} {words[0]}, actual {words[1]}"
+            self.assertEqual(observer.instead, [instead])
             self.assertTrue(observer.traces[-1].startswith(f"@ build-failed {drv} - 1 "))
 
     async def test_fixed_types(self) -> None:

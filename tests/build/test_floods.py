@@ -40,7 +40,7 @@ class Digest:
     def log(self, level: int, text: str) -> None:
         pass
 
-    def trace(self, line: str) -> None:
+    def trace(self, line: str, instead: str = "") -> None:
         pass
 
     def output(self, pid: int, chunk: bytes) -> None:

@@ -68,6 +68,13 @@ class LogTests(SynchronousTestCase):
         log.last_words((), "")
         self.assertEqual(messages.sent, [])
 
+    def test_instead(self) -> None:
+        """P28: who gets no lines for programs reads what stands in their place, if anything."""
+        for wanted, expected in (True, [b"@ a b\n"]), (False, [b"it is b\n"]):
+            log, messages = make(print_trace=wanted)
+            log.trace("@ a b", "it is b")
+            self.assertEqual(messages.sent, expected)
+
     def test_quiet_phase(self) -> None:
         """Nothing is sent while no operation is at work."""
         log, messages = make(print_trace=True)
