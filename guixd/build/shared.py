@@ -97,6 +97,7 @@ class SharedBuild:
         self._waiting: Deferred[None] | None = None
         self._awaited: Deferred[Slot] | None = None
         self._slot: Slot | None = None
+        self._lacks_disk = False
 
     def start(self) -> None:
         """Begin; to be called once, after the first `attach`."""
@@ -188,7 +189,8 @@ class SharedBuild:
     @property
     def stuck(self) -> bool:
         """Whether it waits for a slot that none of its clients can ever get."""
-        return self._awaited is not None and not any(
+        waits = self._awaited is not None or self._lacks_disk
+        return waits and not any(
             attachment.share.may_start(self.local) for attachment in self._attachments
         )
 
@@ -218,8 +220,12 @@ class SharedBuild:
                 text = f"the build of `{self.path}' waits for disk space: {lack}"
                 self._broadcast.log(Level.ERROR, text)
             self._waiting = self._common.disk.more()
+            self._lacks_disk = True
+            for attachment in list(self._attachments):
+                attachment.changed()
             await self._waiting
             self._waiting = None
+            self._lacks_disk = False
         return True
 
     async def _try(self) -> Result | None:

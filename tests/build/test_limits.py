@@ -276,6 +276,13 @@ class DiskTests(Fake):
         self.launcher[second].finish()
         self.successResultOf(building)
 
+    def test_never(self) -> None:
+        """B10, B36: who can never get a slot does not wait for disk."""
+        self.lack()
+        error = self.error(self.world.build(self.world.derive("a"), max_jobs=0))
+        self.assertIn("`--max-jobs' is 0", error.text)
+        self.assertIsNone(self.world.engine._common.disk._timer)
+
     def test_given_up(self) -> None:
         """B8, O20: who leaves, or a daemon that stops, ends the wait."""
         world = self.world
