@@ -49,15 +49,17 @@ class Crash(SynchronousTestCase):
         self.assertEqual(said, VERIFIED)
 
     def test_terminate(self) -> None:
-        """O20, O21: TERM ends builds and the daemon, and nothing of a build stays."""
+        """O20, O21: TERM ends builds and the daemon, and says so; nothing stays."""
         place = Place(self)
-        place.start(GUIXD)
+        place.start(GUIXD, "--stop-timeout=0")
         client = place.scenario("slow.scm", SECONDS="1000")
         builder = os.pidfd_open(builder_of(read_until(client, "begun")))
         self.addCleanup(os.close, builder)
         place.stop()
         self.assertTrue(select.select([builder], [], [], 10)[0], "the builder is still there")
-        self.assertNotEqual(place.finish(client, status=None).status, 0)
+        left = place.finish(client, status=None)
+        self.assertNotEqual(left.status, 0)
+        self.assertIn("the build daemon is stopping; try again", left.out + left.err)
         self.assertEqual(list((place.directory / "build").iterdir()), [])
         self.assertEqual(list((place.directory / "store").glob("*.chroot")), [])
         self.assertEqual(list((place.directory / "state/temproots").iterdir()), [])
