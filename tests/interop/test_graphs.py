@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.interop.guest import requires_guest
 from tests.interop.place import GUIXD, STOCK, Facts, Place
 
-SIZE = 200
+SIZE = 500
 
 
 @dataclass
