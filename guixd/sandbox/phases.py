@@ -142,11 +142,8 @@ PLAIN: Sequence[tuple[str, str, tuple[()]]] = (
 
 def _make_directory(path: bytes, mode: int = 0o755) -> None:
     """Make a directory if there is none."""
-    try:
+    with suppress(FileExistsError):
         os.mkdir(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
 
 
 def _make_file(path: bytes, mode: int, content: bytes = b"") -> None:

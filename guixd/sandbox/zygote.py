@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 _Kind = str | tuple[int, int, int, int, int | None]
 """What processes forked ahead differ in: "plain", "container", or a `spec.UserNamespace`."""
+_LATER = 10
+"""Milliseconds until others are forked ahead when a builder has begun."""
 _FEWEST_WAITING = 2
 _MOST_WAITING = 5
 _NOBODY = 0xFFFFFFFD - os.getpid()
@@ -112,6 +114,8 @@ class _Zygote:
         """Of the processes that wait."""
         self._beginning: Sequence[Any] = ()
         """What containers begin with."""
+        self._rests = True
+        """Whether no builder has begun since the last one has ended."""
         self._waiting: dict[int, socket.socket] = {}
         """Where the processes that wait get their programs, by process id."""
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
@@ -128,7 +132,9 @@ class _Zygote:
         poll.register(self._mounts, select.POLLPRI)
         while True:
             spare = self._kind is not None and len(self._waiting) < _FEWEST_WAITING
-            events = dict(poll.poll(0 if spare else None))
+            # Who has just got a program needs the processor more than who will get another.
+            delay = 0 if self._rests or not self._waiting else _LATER
+            events = dict(poll.poll(delay if spare else None))
             if self._mounts in events:
                 self._dismiss()  # They would not see what is mounted now.
             if self._wake in events:
@@ -165,18 +171,17 @@ class _Zygote:
 
     # Builders.
 
-    def _spawn(
-        self, descriptors: Sequence[int], number: int, name: Any, uid: int, own: bool
-    ) -> None:
+    def _spawn(self, files: Sequence[int], number: int, name: Any, uid: int, own: bool) -> None:
         kind = name if isinstance(name, str) else tuple(name)
         if own and kind != self._kind:
             self._dismiss()
         try:
-            pid = (own and self._hand_over(descriptors)) or self._fork(kind, descriptors, own)
+            pid = (own and self._hand_over(files)) or self._fork(kind, files, own)
         except OSError as error:
             self._send("failed", number, "new process", *phases.describe(error))
             self._send("exited", number, 256, [0, 0, 0], False)
             return
+        self._rests = False
         if own:
             self._kind = kind
         self._children[pid] = _Child(number, kind, uid)
@@ -273,6 +278,7 @@ class _Zygote:
                 del self._pids[child.build]
                 times = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss]
                 self._send("exited", child.build, status, times, alone)
+                self._rests = True
 
     def _end_strays(self) -> None:
         """Kill what builders without a container left, when it can belong to none that runs.
