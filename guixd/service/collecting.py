@@ -7,7 +7,7 @@ a turn, while worker threads look for what is alive and remove files.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from guixd.formats.operations import encode_reply
 from guixd.formats.path import StorePath
 from guixd.service.session import Encoded, Handlers, Session
 from guixd.store.collector import TRASH, Collection, Rules
+from guixd.store.layout import spending_reserve
 from guixd.store.poolcare import clean_pool
 
 T = TypeVar("T")
@@ -131,16 +132,21 @@ class _Collecting:
             session.store.collecting.end()
             raise
         try:
-            return await self._collect(collection)
+            database = session.store.directories.database
+            with spending_reserve(database) if self._deletes else nullcontext():
+                return await self._collect(collection)
         finally:
             self._tell()
             collection.close()
 
+    @property
+    def _deletes(self) -> bool:
+        return self._request.action in (DELETE_DEAD, DELETE_SPECIFIC)
+
     async def _collect(self, collection: Collection) -> Encoded:
         action = self._request.action
-        deletes = action in (DELETE_DEAD, DELETE_SPECIFIC)
         self._say(Level.ERROR, "finding garbage collector roots...")
-        await self._in_thread(partial(collection.mark, strict=deletes))
+        await self._in_thread(partial(collection.mark, strict=self._deletes))
         if action == LIVE:
             return await self._reply(collection.alive)
         if action == DEAD:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from guixd.errors import StoreError
 from guixd.faults import reached
@@ -106,6 +108,23 @@ def reserve_space(database: str, wanted: bool) -> None:
             os.close(fd)
     except OSError:
         pass
+
+
+@contextmanager
+def spending_reserve(database: str) -> Iterator[None]:
+    """Let the database have what is reserved for it, if its disk is full.
+
+    :param database: its directory.
+    """
+    free = os.statvfs(database)
+    if free.f_bavail * free.f_frsize >= RESERVED_SIZE:
+        yield
+        return
+    reserve_space(database, False)
+    try:
+        yield
+    finally:
+        reserve_space(database, True)
 
 
 def make_user_directory(state: str, name: str, uid: int) -> str | None:

@@ -218,7 +218,17 @@ class FullDiskTests(TroubleCase):
                     added += [await client.add_text(f"{size}-{number}", b"%d" % number * size)]
         self.assertEqual(set(await client.all_valid_paths()), set(added))
         self.assertFalse(await client.verify_store(check_contents=True))
-        # As `guix gc` does it, which can always be connected to.
+        # Who collects garbage gets what is reserved, although guix does not ask for it.
+        client.close()
+        client = await self.client()
+        path = added.pop()
+        filler = Path(self.directory, "filler")
+        with self.assertRaises(OSError), filler.open("wb", 0) as file:
+            while True:
+                file.write(bytes(4096))
+        self.assertGreater((await client.collect_garbage(3, [path])).freed, 0)
+        self.assertTrue(os.path.exists(self.directory + "/var/db/reserved"))
+        filler.unlink()
         raw = await self.raw(greeting=Greeting(reserve_space=False))
         await raw.received(LAST)
         added.append(await client.add_text("z", b"3"))
