@@ -67,6 +67,8 @@ class Transfer:
             source=await self._file(),
         )
         size = fetched.head.offset + fetched.received
+        if self._incoming.left:  # bodies without a length may end anywhere
+            raise FetchError("body", f"the archive ends {self._incoming.left} bytes too early")
         self._tell(Event(self._progress_line(size), download=True))
         text = f"downloaded {self._name}: {short_size(size)}"
         trace = DownloadSucceeded(self._incoming.path, self._place.name, size)

@@ -66,6 +66,11 @@ class Incoming:
         self._sha256 = hashlib.sha256()
         self._received = 0
 
+    @property
+    def left(self) -> int:
+        """How many bytes are still to come."""
+        return self.nar_size - self._received
+
     def feed(self, data: bytes | memoryview) -> None:
         """Take DATA in.
 
@@ -95,7 +100,7 @@ class Incoming:
         if actual != self._digest:
             expected, found = (hashes.to_base32(d) for d in (self._digest, actual))
             raise WrongHash(self.path, self._algorithm, expected, found)
-        if self._received != self.nar_size:
+        if self.left:
             raise BadArchive(f"the archive has {self._received} bytes, not {self.nar_size}")
         if not self._parser.done:
             raise BadArchive("the archive ends too early")

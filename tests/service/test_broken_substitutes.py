@@ -94,13 +94,20 @@ class BrokenTransfers(SubstituteCase):
         self.assertTrue(await first.is_valid_path(path))
 
     async def test_same_server_again(self) -> None:
-        """U11: without another place, it is tried once more from the beginning."""
-        tries: list[Callable[[Asked, str], None]] = [
-            in_pieces(NAR, 500, Asked.close),
-            always(answer(NAR)),
-        ]
-        path = await self.prepared(lambda *asked: tries.pop(0)(*asked))
-        await self.comes(path, await self.client())
+        """U11, U14: without another place, it is tried once more from the beginning."""
+
+        def without_length(connection: Asked, _: str) -> None:
+            connection.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + NAR[:500])
+            connection.close()
+
+        for broken in in_pieces(NAR, 500, Asked.close), without_length:
+            tries = [broken, always(answer(NAR))]
+            path = await self.prepared(lambda *asked, tries=tries: tries.pop(0)(*asked))
+            client = await self.client()
+            traces = await self.comes(path, client)
+            self.assertNotIn("mismatch", "".join(traces))
+            await client.collect_garbage(3, [path])
+            await client.close()
 
     async def test_another_archive_meanwhile(self) -> None:
         """U10, U11: what goes on with other data is not taken for the right one."""
