@@ -81,10 +81,13 @@ def result_of(error: BaseException) -> Result:
     if isinstance(error, OSError):
         where = f" '{error.filename}'" if error.filename else ""
         text = f"cannot access{where}: {error.strerror or error}"
-        if error.errno in (ENOSPC, EDQUOT):
-            text += "; `guix gc' frees space in the store"
     else:
         text = error.text if isinstance(error, GuixdError) else str(error) or repr(error)
+    if any(
+        isinstance(each, OSError) and each.errno in (ENOSPC, EDQUOT)
+        for each in (error, error.__cause__)
+    ):
+        text += "; `guix gc' frees space in the store"
     return Result(Status.MISC_FAILURE, text, general=True)
 
 

@@ -57,7 +57,8 @@ def builder_failed(
 def full_disks(directories: Directories) -> list[str]:
     """Return what to tell of disks that builds write to and that are nearly full."""
     said = []
-    for path in dict.fromkeys((directories.store, directories.temporary)):
+    places = (directories.temporary, directories.store)
+    for path in {os.stat(path).st_dev: path for path in places}.values():
         free = _free(path)
         if free < DISK_FULL:
             said.append(

@@ -221,4 +221,4 @@ def _guarded(name: str, step: Callable[[], _Result]) -> _Result:
     try:
         return step()
     except OSError as error:
-        raise StoreError(f"cannot treat '{name}': {error}") from error
+        raise StoreError(f"cannot treat '{name}': {error.strerror or error}") from error

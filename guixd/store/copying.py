@@ -49,7 +49,7 @@ def copy_fresh(source_fd: int | None, source: str, target_fd: int | None, target
         try:
             walk(source_fd, source, visit, leave)
         except OSError as error:
-            raise StoreError(f"cannot copy '{source}': {error}") from error
+            raise StoreError(f"cannot copy '{source}': {error.strerror or error}") from error
 
 
 def _copy_file(

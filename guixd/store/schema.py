@@ -65,7 +65,9 @@ def store_error(error: sqlite3.Error) -> StoreError:
     if code == sqlite3.SQLITE_READONLY:
         return StoreError("the store cannot be changed: its database is read-only for this daemon")
     if code == sqlite3.SQLITE_FULL:
-        return StoreError("the disk with the database of the store is full")
+        return StoreError(
+            "the disk with the database of the store is full; `guix gc' frees space in the store"
+        )
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreError(f"the database of the store is damaged: {error}")
     return StoreError(f"database of the store: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from errno import EACCES, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from guixd.build import users, verdicts
 from guixd.build.lastwords import LONGEST, MOST_LINES, last_lines
 from guixd.build.logs import log_file
 from guixd.build.request import BuildMode
-from guixd.errors import BuildError
+from guixd.build.results import result_of
+from guixd.errors import BuildError, StoreError
 from guixd.formats.path import StorePath
 from guixd.store.locks import FileLock
 from tests.build.graph import FIRST_UID, Recorder, TestCase, World
@@ -252,6 +254,25 @@ class KindTests(TestCase):
         await observer.seen("waits for a build user")
         lock.close()
         await building
+
+
+class TroubleTests(SynchronousTestCase):
+    """What went wrong in the daemon itself."""
+
+    def test_full_disk(self) -> None:
+        """B36: what the system said, and what helps, however deep it came from."""
+        full, closed = OSError(ENOSPC, "No space", "/x"), OSError(EACCES, "Permission denied", "/x")
+        behind = StoreError("cannot copy it")
+        behind.__cause__ = full
+        for error, text, helps in (
+            (full, "cannot access '/x': No space", True),
+            (behind, "cannot copy it", True),
+            (closed, "cannot access '/x': Permission denied", False),
+        ):
+            result = result_of(error)
+            self.assertTrue(result.general)
+            self.assertTrue(result.text.startswith(text), result.text)
+            self.assertIs("`guix gc'" in result.text, helps)
 
 
 class WordsTests(SynchronousTestCase):
