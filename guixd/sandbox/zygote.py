@@ -393,6 +393,7 @@ def _end_processes_of(uid: int) -> None:
     """Become UID and kill all its other processes; return when they are dead."""
     os.setgroups(())
     os.setresuid(uid, uid, uid)
+    prctl.cap_effective.limit()  # The secure bits may say that they are kept.
     # None of them can escape by forking: fork(2) fails when a signal is pending.
     while True:
         _kill(os.kill, -1, signal.SIGKILL)

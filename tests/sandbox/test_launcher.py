@@ -59,8 +59,10 @@ def builders_of(pid: int) -> list[int]:
 
 def descriptors_of(pid: int) -> list[str]:
     """Return what is open in a zygote besides its sockets to processes that wait."""
-    directory = f"/proc/{pid}/fd"
-    links = [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
+    directory, links = f"/proc/{pid}/fd", []
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"{directory}/{name}"))
     return sorted(link for link in links if not link.startswith("socket:"))
 
 
@@ -158,15 +160,24 @@ class _WithLauncher:
         """X12: builders at the same time; afterwards the zygote has no descriptor more."""
         await self.place.run("true")
         zygote = self.place.launcher.zygote_pid
-        before = descriptors_of(zygote)
+        before = await self.descriptors()
         specs = [self.spec(f"echo {number}") for number in range(20)]
         outcomes = await gatherResults(
             [Deferred.fromCoroutine(self.place.finish(spec)) for spec in specs]
         )
         self.assertEqual([outcome.text for outcome in outcomes], [f"{n}\n" for n in range(20)])
         self.assertEqual(len({outcome.pid for outcome in outcomes}), 20)
-        self.assertEqual(descriptors_of(zygote), before)
         self.assertEqual(builders_of(zygote), [])
+        self.assertEqual(await self.descriptors(), before)
+
+    async def descriptors(self) -> list[str]:
+        """Return those that the zygote has while it does not fork; one pipe is its own."""
+        for _ in range(20):
+            await self.place.run("true")
+            found = descriptors_of(self.place.launcher.zygote_pid)
+            if len([name for name in found if name.startswith("pipe:")]) <= 2:
+                break
+        return found
 
     async def test_lost_waiting(self) -> None:
         """X34: processes that wait for a build may die; those left end with the zygote."""
