@@ -284,7 +284,9 @@ class RequestRun:
                 self._failed.add(goal.path)
         current = self._goals.get(goal.path)
         if current is not None and current.is_same(goal):
-            self._events.append((current, result))
+            # Without keep-going the first failure is the last: others are not even begun.
+            first = not (result.status.succeeded or self.request.options.keep_going)
+            (self._events.appendleft if first else self._events.append)((current, result))
 
     def _can_do_without(self, goal: Goal) -> bool:
         """Whether what GOAL downloads may be built instead, or not be needed."""
@@ -303,7 +305,10 @@ class RequestRun:
         self._left -= 1
         if goal.path in self._failed and not self.request.options.keep_going:
             self._left = 0
-        for dependent in goal.dependents:
+        dependents = goal.dependents
+        if not succeeded:  # so that it is always the same one that fails next
+            dependents = sorted(dependents, key=lambda dependent: dependent.key)
+        for dependent in dependents:
             dependent.pending -= 1
             if not succeeded:
                 dependent.failed += 1

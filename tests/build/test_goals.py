@@ -282,6 +282,18 @@ class FailureTests(Fake):
         self.assertEqual([t for t in observer.traces if "failed" in t and a in t], [])
         self.assertEqual(world.leftovers(), [])
 
+    def test_first_of_two(self) -> None:
+        """B4: of two that cannot be built for the same reason, one is named and told of."""
+        world, observer = self.world, Recorder()
+        bad = world.derive("bad")
+        tops = [world.derive(name, inputs=[bad]) for name in ("one", "two")]
+        building = world.build(*tops, observer=observer)
+        self.launcher["bad"].finish(1)
+        error = self.error(building)
+        self.assertEqual([top for top in tops if top in error.text], tops[:1])
+        told = [line for line in observer.logs if line.startswith("cannot build derivation")]
+        self.assertEqual(len(told), 1)
+
     def test_keep_going(self) -> None:
         """B3: with keep-going all is tried, and the error names all that failed, sorted."""
         world, observer = self.world, Recorder()
