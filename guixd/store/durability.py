@@ -98,6 +98,7 @@ class Durability:
 
     def __init__(self, queries: Queries) -> None:
         self._queries = queries
+        self._noted = -1  # the row up to which nothing need be flushed
         self.unsure_since: int | None = None
         flushed = read_flushed(queries.directory)
         if flushed is None or flushed.closed:
@@ -108,16 +109,18 @@ class Durability:
     def trust(self) -> None:
         """Note that what was valid when the machine stopped is all right."""
         self.unsure_since = None
-        write_flushed(self._queries.directory, self._queries.last_row())
+        self._noted = self._queries.last_row()
+        write_flushed(self._queries.directory, self._noted)
 
     def settle(self) -> None:
-        """Flush all, for the end; blocks.
+        """Flush all, for the end, if anything has been added; blocks.
 
         :raises StoreError: something could not be written.
         """
         if self.unsure_since is None:
             row = self._queries.last_row()
-            self.settle_all()
+            if row != self._noted:
+                self.settle_all()
             write_flushed(self._queries.directory, row, closed=True)
 
     def settle_all(self) -> None:

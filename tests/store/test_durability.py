@@ -149,6 +149,18 @@ class FlushTests(DurabilityCase):
         self.open(durable=True).close()
         self.assertEqual(self.row(), 1)
 
+    def test_only_if_needed(self) -> None:
+        """S16: closing a store flushes the disk, which may take long, if something was added."""
+        syncs: list[str] = []
+        self.patch(durability, "sync_file_system", syncs.append)
+        self.add("x")
+        self.store.close()
+        self.assertEqual(syncs, [self.directories.store])
+        store = self.open(durable=True)
+        self.assertEqual(self.row(), 1)
+        store.close()
+        self.assertEqual(len(syncs), 1)
+
     def test_on_demand(self) -> None:
         """S16: all can be flushed at once; without a log, too."""
         assert self.store.durability is not None
