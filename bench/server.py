@@ -77,18 +77,20 @@ async def _relay(port: int, delay: float, answer: Connection) -> None:
                 sink.write(data)
                 await sink.drain()
 
-        delivering = asyncio.ensure_future(deliver())
-        while data := await source.read(_BLOCK):
-            await queue.put((clock() + delay, data))
-        await queue.put((clock() + delay, b""))
-        await delivering
+        async with asyncio.TaskGroup() as group:
+            group.create_task(deliver())
+            while data := await source.read(_BLOCK):
+                await queue.put((clock() + delay, data))
+            await queue.put((clock() + delay, b""))
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(2 * delay)  # what the handshake of TCP would take
         try:
             there, back = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(pump(reader, back), pump(there, writer))
-        except OSError:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pump(reader, back))
+                group.create_task(pump(there, writer))
+        except* OSError:
             writer.close()
 
     relay = await asyncio.start_server(connected, "127.0.0.1", 0, limit=_BLOCK, backlog=256)
