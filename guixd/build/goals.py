@@ -27,7 +27,7 @@ from guixd.build.substitution import Substitution
 from guixd.build.turns import Turns
 from guixd.errors import BuildError
 from guixd.formats.path import StorePath
-from guixd.formats.trace import BuildFailedBefore
+from guixd.formats.trace import BuildFailed, BuildFailedBefore
 
 NO_SLOTS = "unable to start any build: `--max-jobs' is 0 and none can be offloaded"
 STOPPING = "the build daemon is stopping and begins no more builds; try again when it is back"
@@ -280,6 +280,8 @@ class RequestRun:
                 self._general = self._general or result.text
                 if not self._ends_with_general:
                     self._observer.log(Level.ERROR, result.text)
+                    if goal.path in self._past.begun:  # guix would tell that it goes on
+                        self._observer.trace(BuildFailed(goal.path, 1, result.text).line)
             if goal.top or (goal.offer is not None and not self.request.options.keep_going):
                 self._failed.add(goal.path)
         current = self._goals.get(goal.path)

@@ -334,23 +334,39 @@ class FailureTests(Fake):
             any("disk is nearly full" in line and " free" in line for line in observer.logs)
         )
 
+    def _makes_fifo(self, name: str) -> None:
+        """Let the builder NAME make what no store can have."""
+        builder, ids = self.launcher[name], self.launcher[name].spec.ids
+        fifo = builder.outside(dict(builder.spec.environment)["out"])
+        os.mkfifo(fifo, 0o600)
+        if ids is not None:
+            os.chown(fifo, ids.uid, ids.gid)
+        builder._end(ProcessDone(0))
+
     def test_general_error(self) -> None:
         """B40: trouble of one build is its text with status 1, and disturbs nobody else."""
         world, observer = self.world, Recorder()
         bad, other = world.derive("bad"), world.derive("other")
         building = world.build(bad, observer=observer)
         undisturbed = world.build(other)
-        fifo = self.launcher["bad"].outside(world.output(bad))
-        os.mkfifo(fifo, 0o600)
-        if os.geteuid() == 0:
-            os.chown(fifo, self.launcher["bad"].spec.ids.uid, 0)  # type: ignore[union-attr]
-        self.launcher["bad"]._end(ProcessDone(0))
+        self._makes_fifo("bad")
         error = self.error(building)
         self.assertEqual(error.status, 1)
         self.assertIn("unsupported type", error.text)
         self.assertFalse([t for t in observer.traces if "build-failed" in t])
         self.launcher["other"].finish()
         self.successResultOf(undisturbed)
+
+    def test_general_error_of_one(self) -> None:
+        """B40: with keep-going guix is told what has ended, or it lists that as in progress."""
+        world, observer = self.world, Recorder()
+        bad, other = world.derive("bad"), world.derive("other")
+        building = world.build(bad, other, observer=observer, keep_going=True, max_jobs=2)
+        self._makes_fifo("bad")
+        (told,) = [trace for trace in observer.traces if "build-failed" in trace]
+        self.assertIn(f"@ build-failed {bad} - 1 file ", told)
+        self.launcher["other"].finish()
+        self.assertEqual(self.error(building).text, f"build of `{bad}' failed")
 
     def test_timeouts(self) -> None:
         """B11, B12, B13: silence, time and length of the log end a build with 101."""
