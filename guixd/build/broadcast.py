@@ -40,8 +40,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Message:
+    """What is to be told at a place in the output; the output after it may be of another PID."""
+
     position: int
     tell: Callable[[Observer], None]
+    pid: int
 
 
 class Broadcast:
@@ -89,13 +92,14 @@ class Broadcast:
             observer.last_words(words, file)
 
     def _add(self, tell: Callable[[Observer], None]) -> None:
-        self._messages.append(_Message(self._end, tell))
+        self._messages.append(_Message(self._end, tell, self._pid))
         for follower in list(self._followers):
             follower._pump()
 
-    def begin(self, pid: int) -> None:
-        """Say whose output follows."""
+    def begin(self, pid: int, line: str) -> None:
+        """Say whose output follows, and tell programs so by LINE."""
         self._pid = pid
+        self.trace(line)
 
     def output(self, chunk: bytes) -> None:
         """Send what the builder wrote."""
@@ -155,6 +159,7 @@ class Follower:
         self._observer = observer
         self._position = 0
         self._message = 0
+        self._pid = 0
         self._waiting: Deferred[None] | None = None
         self._reading = False
         self._pumping = False
@@ -208,11 +213,12 @@ class Follower:
                 self._read_back()
                 return not self._reading
             self._position += len(chunk)
-            self._observer.output(all_of._pid, chunk)
+            self._observer.output(self._pid, chunk)
             return True
         if self._message < len(messages):
             message = messages[self._message]
             self._message += 1
+            self._pid = message.pid
             message.tell(self._observer)
             return True
         return False
@@ -254,7 +260,7 @@ class Follower:
         if chunk:
             # Daemon messages in the midst of old output may come a little late.
             self._position += len(chunk)
-            self._observer.output(all_of._pid, chunk)
+            self._observer.output(self._pid, chunk)
         else:
             start = all_of._end - len(all_of._tail)
             self._observer.log(

@@ -228,10 +228,10 @@ class Trial:
         """
         job = self._job
         process = await self._start(workspace, inputs)
-        job.say.begin(process.pid)
         log = job.say.log_file
         name = log.path if log is not None else ""
-        job.say.trace(BuildStarted(job.path, job.drv.platform, name, process.pid).line)
+        started = BuildStarted(job.path, job.drv.platform, name, process.pid)
+        job.say.begin(process.pid, started.line)
         return await self._see_through(self._builder, process)
 
     async def _see_through(self, builder: Builder, process: Any) -> Failure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -150,6 +151,16 @@ def _read_all(path: str, compression: str) -> bytes:
         reader.close()
 
 
+@dataclass
+class Numbers(Recorder):
+    """Keeps the number of the builder of each piece of output."""
+
+    pids: list[int] = field(default_factory=list)
+
+    def output(self, pid: int, chunk: bytes) -> None:
+        self.pids.append(pid)
+
+
 class BroadcastTests(SynchronousTestCase):
     """B7: everybody gets everything in order, at their own pace."""
 
@@ -158,7 +169,7 @@ class BroadcastTests(SynchronousTestCase):
         broadcast, early = Broadcast(inline), Recorder()
         broadcast.follow(early)
         broadcast.log(Level.INFO, "one")
-        broadcast.begin(7)
+        broadcast.begin(7, "@ begun")
         broadcast.output(b"two")
         broadcast.trace("@ three")
         broadcast.output(b"four")
@@ -167,11 +178,28 @@ class BroadcastTests(SynchronousTestCase):
         self.assertEqual(late.events, early.events)
         self.assertEqual(
             late.events,
-            [("log", 1, "one"), ("output", b"two"), ("trace", "@ three"), ("output", b"four")],
+            [
+                ("log", 1, "one"),
+                ("trace", "@ begun"),
+                ("output", b"two"),
+                ("trace", "@ three"),
+                ("output", b"four"),
+            ],
         )
         self.assertNoResult(follower.done)
         broadcast.finish()
         self.successResultOf(follower.done)
+
+    def test_rounds(self) -> None:
+        """B14, B29: who comes late learns of each round whose output it is, of which guix knows."""
+        broadcast, early, late = Broadcast(inline), Numbers(), Numbers()
+        broadcast.follow(early)
+        for pid in 7, 8:
+            broadcast.begin(pid, f"@ begun {pid}")
+            broadcast.output(b"it")
+        broadcast.follow(late)
+        self.assertEqual(early.pids, [7, 8])
+        self.assertEqual(late.pids, early.pids)
 
     def test_memory_is_bounded(self) -> None:
         """Without a log file only the end is kept, and that is said."""
