@@ -356,7 +356,7 @@ class Trial:
             _log.error("{text}", text=text)
             job.say.log(Level.ERROR, text)
         if kept is not None:
-            job.say.log(Level.ERROR, f"keeping build directory `{kept.path}'")
+            job.say.log(Level.ERROR, f"note: keeping build directory `{kept.path}'")
             if kept.problem:
                 job.say.log(Level.ERROR, kept.problem)
 
