@@ -209,10 +209,10 @@ class BuildUserPool:
 
     def _lock(self, lock: FileLock) -> bool:
         try:
-            return lock.acquire(exclusive=True, wait=False)
+            return lock.acquire(exclusive=True)
         except StoreError:
             os.makedirs(self._directory, mode=0o755, exist_ok=True)
-            return lock.acquire(exclusive=True, wait=False)
+            return lock.acquire(exclusive=True)
 
     def stop(self) -> None:
         """Forget the timers; used when the daemon ends."""

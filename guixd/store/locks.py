@@ -17,10 +17,8 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from errno import EACCES, EAGAIN, EINTR
-from threading import Condition
 
 from guixd.errors import StoreError
 from guixd.faults import reached
@@ -107,17 +105,16 @@ class FileLock:
         self.path = path
         self._fd: int | None = None
 
-    def acquire(self, *, exclusive: bool, wait: bool = False) -> bool:
-        """Take the lock, or change the mode of the one held, in one step.
+    def acquire(self, *, exclusive: bool) -> bool:
+        """Take the lock, or change the mode of the one held, in one step, without waiting.
 
-        :param wait: block until it is possible; only in a thread.
         :return: whether it was; if not, what was held before is still held.
         :raises StoreError: the file cannot be opened or locked.
         """
         if self._fd is None:
             self._fd = open_lock_file(self.path)
         try:
-            return lock_descriptor(self._fd, exclusive=exclusive, wait=wait)
+            return lock_descriptor(self._fd, exclusive=exclusive)
         except OSError as error:
             raise StoreError(f"cannot lock '{self.path}': {error.strerror}") from error
 
@@ -144,20 +141,9 @@ class FileLock:
         if self._fd is not None:
             lock_descriptor(self._fd, exclusive=False)
 
-    @contextmanager
-    def exclusively(self) -> Iterator[bool]:
-        """Give whether the shared lock that is held could be made exclusive for the block."""
-        if not self.try_alone():
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            self.share()
-
 
 class PathLocks:
-    """The lock files of some store paths, held.
+    """The lock files of some store paths, held.  For the reactor's thread.
 
     A lock file may vanish while somebody waits for it.  Whoever removes it writes a
     byte into it first, so that those who get the lock on the removed file see it and
@@ -165,31 +151,26 @@ class PathLocks:
     """
 
     _held: set[str] = set()
-    _changed = Condition()
 
     def __init__(self) -> None:
         self._files: list[tuple[str, int]] = []
 
     @classmethod
-    def acquire(cls, paths: Iterable[str], *, wait: bool = False) -> PathLocks | None:
-        """Lock all of PATHS, in the order that everybody uses.
+    def acquire(cls, paths: Iterable[str]) -> PathLocks | None:
+        """Lock all of PATHS, in the order that everybody uses, without waiting.
 
-        :param wait: block until that is possible; only in a thread.
         :return: `None` if somebody in this or another process has one of them.
         :raises StoreError: a lock file cannot be made.
         """
         names = sorted({path + ".lock" for path in paths}, key=os.fsencode)
-        with cls._changed:
-            while not cls._held.isdisjoint(names):
-                if not wait:
-                    return None
-                cls._changed.wait()
-            cls._held.update(names)
+        if not cls._held.isdisjoint(names):
+            return None
+        cls._held.update(names)
         locks = cls()
         complete = False
         try:
             for name in names:
-                fd = _lock_path(name, wait)
+                fd = _lock_path(name)
                 if fd is None:
                     return None
                 locks._files.append((name, fd))
@@ -200,18 +181,12 @@ class PathLocks:
             if not complete:
                 for _, fd in locks._files:
                     os.close(fd)
-                cls._forget(names)
+                cls._held.difference_update(names)
 
     @classmethod
     def is_held(cls, path: str) -> bool:
         """Whether this process has the lock of PATH."""
         return path + ".lock" in cls._held
-
-    @classmethod
-    def _forget(cls, names: Collection[str]) -> None:
-        with cls._changed:
-            cls._held.difference_update(names)
-            cls._changed.notify_all()
 
     def release(self, delete: bool) -> None:
         """Give the locks up; nothing happens the second time.
@@ -230,7 +205,7 @@ class PathLocks:
                     mark_removed(fd)
             finally:
                 os.close(fd)
-        self._forget([name for name, _ in files])
+        self._held.difference_update(name for name, _ in files)
 
 
 def mark_removed(fd: int) -> None:
@@ -241,12 +216,12 @@ def mark_removed(fd: int) -> None:
         os.truncate(fd, len(_STALE))
 
 
-def _lock_path(name: str, wait: bool) -> int | None:
+def _lock_path(name: str) -> int | None:
     while True:
         fd = open_lock_file(name)
         locked = False
         try:
-            if not lock_descriptor(fd, exclusive=True, wait=wait):
+            if not lock_descriptor(fd, exclusive=True):
                 return None
             locked = os.fstat(fd).st_size == 0
             if locked:

@@ -94,33 +94,20 @@ class TempRoots:
         self._gc_lock = gc_lock
         self._fd: int | None = None
         self._closed = False
-        self._turn = threading.Lock()
 
     def add(self, path: StorePath) -> None:
         """Protect PATH, valid or not, without waiting.
 
-        :raises Busy: a collector is reading; try again later, or `add_waiting` in a thread.
+        :raises Busy: a collector is reading; try again later.
         :raises StoreError: the file cannot be written.
         """
-        if path not in self.paths:
-            self._add(path, wait=False)
-
-    def add_waiting(self, path: StorePath) -> None:
-        """Protect PATH as `add` does, but wait for collectors; for a thread.
-
-        :raises StoreError: the file cannot be written.
-        """
-        if path not in self.paths:
-            self._add(path, wait=True)
-
-    def _add(self, path: StorePath, wait: bool) -> None:
-        if not self._turn.acquire(blocking=wait):
-            raise Busy(_BUSY)
+        if path in self.paths:
+            return
+        if self._closed:
+            raise StoreError("the session has ended")
         try:
-            if self._closed:
-                raise StoreError("the session has ended")
-            fd = self._open(wait) if self._fd is None else self._fd
-            if not lock_descriptor(fd, exclusive=True, wait=wait):
+            fd = self._open() if self._fd is None else self._fd
+            if not lock_descriptor(fd, exclusive=True):
                 raise Busy(_BUSY)
             try:
                 entry = path.encode("utf-8", "surrogateescape") + b"\0"
@@ -132,21 +119,19 @@ class TempRoots:
                     raise StoreError(f"cannot write '{self._file}': the disk is full")
             finally:
                 lock_descriptor(fd, exclusive=False)
-            self.paths.add(path)
-            if self._collecting.touched is not None:
-                self._collecting.touched.add(path)
         except OSError as error:
             raise StoreError(f"cannot write '{self._file}': {error.strerror}") from error
-        finally:
-            self._turn.release()
+        self.paths.add(path)
+        if self._collecting.touched is not None:
+            self._collecting.touched.add(path)
 
-    def _open(self, wait: bool) -> int:
+    def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         while True:
             gc_lock = FileLock(self._gc_lock)
             try:
                 # Our own collector has that lock, but knows what we protect without the file.
-                if not self._collecting.locked and not gc_lock.acquire(exclusive=False, wait=wait):
+                if not self._collecting.locked and not gc_lock.acquire(exclusive=False):
                     raise Busy(_BUSY)
                 try:
                     os.unlink(self._file)  # of a dead process with our number
@@ -158,7 +143,7 @@ class TempRoots:
                 gc_lock.close()
             # A collector that comes between takes the file for that of a dead process.
             try:
-                if lock_descriptor(fd, exclusive=False, wait=wait) and not os.fstat(fd).st_size:
+                if lock_descriptor(fd, exclusive=False) and not os.fstat(fd).st_size:
                     self._fd = fd
                     return fd
             except BaseException:
@@ -167,7 +152,7 @@ class TempRoots:
             os.close(fd)
 
     def close(self) -> None:
-        """Give all roots up.  Not while a thread is in `add_waiting`."""
+        """Give all roots up."""
         self._closed = True
         self.paths.clear()
         if self._fd is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -78,30 +77,17 @@ class TempRootTests(SynchronousTestCase):
         self.assertEqual(holder.ask("write", self.gc_lock), "yes")
 
     def test_collector_reads(self) -> None:
-        """G19: while a collector reads nothing is added; a thread can wait for it."""
+        """G19: while a collector reads nothing is added."""
         holder = Holder(self)
         self.roots.add(A)
         self.assertEqual(holder.ask("write", self.file), "no")
         self.assertEqual(holder.ask("read", self.file), "yes")
         self.assertRaises(Busy, self.roots.add, B)
         self.roots.add(A)
-        waiter = threading.Thread(target=self.roots.add_waiting, args=(B,))
-        waiter.start()
         holder.ask("drop", self.file)
-        waiter.join(30)
+        self.roots.add(B)
         self.assertEqual(Path(self.file).read_bytes(), f"{A}\0{B}\0".encode())
         self.assertEqual(self.roots.paths, {A, B})
-
-    def test_wait_for_collection(self) -> None:
-        """G19: a thread can wait with its first root, too; the reactor is told."""
-        holder = Holder(self)
-        holder.ask("write", self.gc_lock)
-        waiter = threading.Thread(target=self.roots.add_waiting, args=(A,))
-        waiter.start()
-        self.assertRaises(Busy, self.roots.add, B)
-        holder.ask("drop", self.gc_lock)
-        waiter.join(30)
-        self.assertEqual(self.roots.paths, {A})
 
     def test_killed_owner(self) -> None:
         """G20: the lock on the file shows that its owner lives."""
