@@ -180,7 +180,7 @@ class FakeFetcher:
                 return fail(FetchError("http", "the server answers 404 Not Found", 404))
             pipe.write(body[request.offset :])
         left = len(body) - request.offset
-        begun = Head(request.url, len(body), request.offset, "", "")
+        begun = Head(request.url, len(body), request.offset, "")
         if head is not None:
             head(begun)
         if progress is not None:

@@ -105,10 +105,6 @@ class Workspace:
     def store(self) -> str | None:
         return self.chroot and f"{self.chroot}/{_STORE}"
 
-    @property
-    def tmp(self) -> str | None:
-        return self.chroot and f"{self.chroot}/{_TMP}"
-
     def open_store(self, store: str) -> int:
         """Return a descriptor of the directory that the builder had as the store.
 

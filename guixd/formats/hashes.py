@@ -22,7 +22,6 @@ class Hash(Protocol):
 
     def update(self, data: bytes | bytearray | memoryview, /) -> None: ...
     def digest(self) -> bytes: ...
-    def hexdigest(self) -> str: ...
 
 
 _HASHLIB_NAMES = {
@@ -70,7 +69,10 @@ def to_base32(digest: bytes) -> str:
 
 
 def folded_base32(digest: bytes) -> str:
-    """Return `to_base32(fold(digest))` of a DIGEST of 21 to 40 bytes, faster."""
+    """Return the 20 bytes in nix-base32 that a DIGEST of 21 to 40 bytes is in store file names.
+
+    Those beyond the twentieth are combined with the first by XOR.
+    """
     spread = int.from_bytes(digest[:20], "little") ^ int.from_bytes(digest[20:], "little")
     # Halve the groups of bits, from one of 160 to 32 of 5, each of which gets a byte.
     for mask, shift in _HALVES:
@@ -112,11 +114,3 @@ def from_hex(text: str, algorithm: str) -> bytes:
     if len(digest) != size:
         raise BadHash(f"invalid {algorithm.upper()} hash '{text}'")
     return digest
-
-
-def fold(digest: bytes, size: int = 20) -> bytes:
-    """XOR the bytes of DIGEST onto SIZE bytes in turn, as store file names do."""
-    folded = 0
-    for start in range(0, len(digest), size):
-        folded ^= int.from_bytes(digest[start : start + size], "little")
-    return folded.to_bytes(size, "little")

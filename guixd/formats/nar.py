@@ -74,22 +74,9 @@ def nar_of_file(contents: bytes, executable: bool = False) -> bytes:
     )
 
 
-EMPTY_DIRECTORY_SIZE = 96
-
-
 def file_size(size: int, executable: bool = False) -> int:
     """Return the size of the archive of a file of SIZE bytes."""
     return 112 + (size + 7 & ~7) + 32 * executable
-
-
-def symlink_size(length: int) -> int:
-    """Return the size of the archive of a symbolic link with a target of LENGTH bytes."""
-    return 112 + (length + 7 & ~7)
-
-
-def entry_size(name_length: int, child: int) -> int:
-    """Return what an entry adds to its directory; CHILD is the archive size of its node."""
-    return 88 + (name_length + 7 & ~7) + child - len(MAGIC)
 
 
 class NarSink(Protocol):

@@ -41,7 +41,6 @@ Path = Annotated[StorePath, wire.PATH]
 OptionalPath = Annotated[StorePath | None, wire.OPTIONAL_PATH]
 Paths = Annotated[tuple[StorePath, ...], wire.PATHS]
 Names = Annotated[tuple[str, ...], wire.NAME_SET]
-Pairs = Annotated[tuple[tuple[str, str], ...], wire.PAIRS]
 
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")

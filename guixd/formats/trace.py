@@ -273,13 +273,3 @@ def _is_number(word: str) -> bool:
 def build_log(pid: int, chunk: bytes) -> bytes:
     """Return CHUNK of the builder PID as a multiplexed log has it: a line, then the bytes."""
     return b"@ build-log %d %d\n%b" % (pid, len(chunk), chunk)
-
-
-def parse_build_log(data: bytes) -> tuple[int, bytes] | None:
-    """Split what `build_log` returned into PID and chunk; None if DATA is something else."""
-    header, newline, chunk = data.partition(b"\n")
-    match header.split(b" "):
-        case [b"@", b"build-log", pid, size] if newline and pid.isdigit() and size.isdigit():
-            if len(size) < 20 and int(size) == len(chunk):
-                return int(pid), chunk
-    return None

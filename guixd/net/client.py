@@ -361,7 +361,6 @@ def _head(told: dict[str, Any]) -> Head:
         None if size is None else int(size),
         int(told["offset"]),
         str(told["validator"]),
-        str(told["content_type"]),
     )
 
 

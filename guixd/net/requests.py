@@ -77,7 +77,6 @@ class Head:
     """How many bytes are left out: 0 or what was asked for."""
     validator: str
     """A strong `ETag` or a `Last-Modified` date, for `Request.validator`; may be empty."""
-    content_type: str
 
 
 @dataclass(frozen=True, slots=True)

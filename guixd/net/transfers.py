@@ -438,7 +438,7 @@ class Transfer:
                 size = int(words[3])
         tag = answer.get("etag")
         validator = tag if tag.startswith('"') else answer.get("last-modified")
-        return Head(url, size, offset, validator[:1024], answer.get("content-type")[:256])
+        return Head(url, size, offset, validator[:1024])
 
 
 async def _dismiss(body: Body, answer: ResponseHead) -> None:

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from guixd.build.request import Level
+from guixd.formats.trace import build_log
 from guixd.interfaces import IBuildObserver
 from guixd.service.clientoptions import SessionOptions
 
@@ -127,7 +128,7 @@ class ClientLog:
 
     def _output(self, pid: int, data: bytes) -> None:
         if self._options.multiplexed:
-            data = b"@ build-log %d %d\n" % (pid, len(data)) + data
+            data = build_log(pid, data)
         self._messages.next(data)
 
     def _flush(self) -> None:

@@ -197,16 +197,6 @@ class Queries:
 
         :raises PathNotValid: one of PATHS is not valid.
         """
-        return self._closure(paths, "referrer", "reference")
-
-    def referrers_closure(self, paths: Iterable[StorePath]) -> set[StorePath]:
-        """Return PATHS and all that refers to them, directly or not.
-
-        :raises PathNotValid: one of PATHS is not valid.
-        """
-        return self._closure(paths, "reference", "referrer")
-
-    def _closure(self, paths: Iterable[StorePath], start: str, end: str) -> set[StorePath]:
         wanted = sorted(set(paths))
         if not wanted:
             return set()
@@ -214,7 +204,7 @@ class Queries:
             "WITH RECURSIVE reached (id) AS ("
             " SELECT v.id FROM json_each(?) AS wanted"
             " CROSS JOIN ValidPaths AS v ON v.path = wanted.value"
-            f" UNION SELECT Refs.{end} FROM reached JOIN Refs ON Refs.{start} = reached.id"
+            " UNION SELECT Refs.reference FROM reached JOIN Refs ON Refs.referrer = reached.id"
             ") SELECT v.path FROM reached CROSS JOIN ValidPaths AS v ON v.id = reached.id",
             json.dumps([path for path in wanted if storable(path)]),
         )

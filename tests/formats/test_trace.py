@@ -70,6 +70,4 @@ class Traces(SynchronousTestCase):
     def test_build_log(self, pid: int, chunk: bytes) -> None:
         """P25: the number in the header is that of the bytes that follow."""
         data = trace.build_log(pid, chunk)
-        self.assertTrue(data.startswith(b"@ build-log %d %d\n" % (pid, len(chunk))))
-        self.assertEqual(trace.parse_build_log(data), (pid, chunk))
-        self.assertIsNone(trace.parse_build_log(data + b"x"))
+        self.assertEqual(data, b"@ build-log %d %d\n" % (pid, len(chunk)) + chunk)

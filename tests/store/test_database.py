@@ -364,7 +364,6 @@ class QueryTests(Case):
         self.add("d", "a")
         self.assertEqual(self.database.closure([item("c")]), set(map(item, "abc")))
         self.assertEqual(self.database.closure([item("d"), item("b")]), set(map(item, "abd")))
-        self.assertEqual(self.database.referrers_closure([item("b")]), set(map(item, "bc")))
         self.assertEqual(self.database.closure([]), set())
         self.assertRaises(PathNotValid, self.database.closure, [item("a"), item("x")])
 
