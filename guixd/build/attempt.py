@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
@@ -227,7 +228,7 @@ class Attempt:
         try:
             for path in where.elsewhere.values():
                 assert own is not None
-                own.add(path)
+                await shop.when_free(job.interest, partial(own.add, path))
             await self._rounds(where)
         finally:
             if own is not None:

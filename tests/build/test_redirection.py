@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from twisted.internet import reactor
+
 from guixd.build.request import BuildMode
 from guixd.build.targets import redirected
 from guixd.errors import BuildError
 from guixd.store.rewriting import rewrite
+from guixd.store.roots import TempRoots
 from guixd.store.trees import hash_and_scan
 from tests.build import test_modes
 from tests.build.test_modes import RANDOM, Modes
+from tests.store.holder import Holder
 from tests.support import DirectoryTestCase, requires_root
 
 SELVES = "mkdir $out; echo $out $doc > $out/text; ln -s $out/text $out/link; echo $doc > $doc"
@@ -67,6 +71,24 @@ class PartTests(Modes):
         observer = await self.check(drv)
         self.assertEqual(observer.traces[1:], [f"@ build-succeeded {drv} -"] * 3)
         self.assertEqual(self.strangers(), [])
+
+    async def test_collector(self) -> None:
+        """B37, G19: if another process begins to collect before a check, that waits."""
+        drv = self.world.derive("a", "echo x > $out")
+        await self.succeed(drv)
+        store, holder, asked = self.world.store, Holder(self), []
+        lock, temp_roots = self.world.settings.directories.state + "/gc.lock", store.temp_roots
+
+        def collected() -> TempRoots:
+            asked.append(holder.ask("write", lock))
+            reactor.callLater(0, holder.ask, "drop", lock)
+            return temp_roots()
+
+        self.patch(store, "temp_roots", collected)
+        observer = await self.check(drv)
+        self.assertEqual(
+            (asked, observer.traces[1:]), (["yes"], [f"@ build-succeeded {drv} -"] * 2)
+        )
 
     async def test_failure(self) -> None:
         """B37: nothing is left of a build that fails."""
