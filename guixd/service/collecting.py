@@ -147,11 +147,9 @@ class _Collecting:
         action = self._request.action
         self._say(Level.ERROR, "finding garbage collector roots...")
         await self._in_thread(partial(collection.mark, strict=self._deletes))
-        if action == LIVE:
-            return await self._reply(collection.alive)
-        if action == DEAD:
+        if not self._deletes:
             self._say(Level.ERROR, "determining live/dead paths...")
-            return await self._reply(collection.dead)
+            return await self._reply(collection.alive if action == LIVE else collection.dead)
         await self._in_thread(collection.open_trash)
         remover = _Remover(self._session, collection)
         try:

@@ -285,8 +285,10 @@ class Collection:
         name, most_links = path.base, self._rules.most_links
         try:
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # or no file can have that name
             return
+        except OSError as error:
+            raise StoreError(f"cannot delete '{path}': {error.strerror}") from error
         self._report(f"[{self._progress()}] deleting '{path}'")
         self.found.add(path)
         try:

@@ -9,7 +9,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EACCES, ENOENT, ENOTDIR
+from errno import EACCES, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 
 from guixd.errors import Busy, NotInStore, StoreError
 from guixd.faults import reached
@@ -20,7 +20,8 @@ from guixd.store.locks import FileLock, lock_descriptor
 __all__ = ["Busy", "Collecting", "TempRoots", "add_indirect_root", "canonical", "find_roots"]
 
 _BUSY = "a garbage collection is running"
-_IGNORED = (EACCES, ENOENT, ENOTDIR)
+_NOWHERE = (ENOENT, ENOTDIR, ELOOP, ENAMETOOLONG)
+"""A name leads nowhere.  Users choose names, so none may end a collection."""
 
 
 class Collecting:
@@ -259,7 +260,7 @@ class _Finder:
         try:
             yield
         except OSError as error:
-            if error.errno not in _IGNORED:
+            if error.errno not in (EACCES, *_NOWHERE):
                 raise StoreError(f"cannot read '{path}': {error.strerror}") from error
             if self._strict and error.errno == EACCES:
                 raise StoreError(
@@ -276,7 +277,9 @@ class _Finder:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         try:
             mode = os.lstat(target).st_mode
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NOWHERE:
+                raise
             if path.startswith(self._auto):
                 self._report(f"removing stale link from '{path}' to '{target}'")
                 os.unlink(path)

@@ -117,8 +117,12 @@ class SessionTests(CollectingCase):
 
     async def test_what_is_not_there(self) -> None:
         """G5, G24: nothing to delete is no error; paths come first in the reply, then bytes."""
-        names = await self.collect(DELETE_SPECIFIC, self.path("nothing"))
-        self.assertEqual((names, self.freed), ([], 0))
+        for name in "nothing", "nul\0":
+            names = await self.collect(DELETE_SPECIFIC, self.path(name))
+            self.assertEqual((names, self.freed), ([], 0))
+        client = await self.client()
+        text = await self.fails(client.collect_garbage(DELETE_SPECIFIC, [self.path("x" * 300)]))
+        self.assertIn("too long", text)
 
     async def test_store_itself(self) -> None:
         """Parts of the store are always alive."""

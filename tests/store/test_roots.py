@@ -187,6 +187,24 @@ class PermanentRootTests(SynchronousTestCase):
         self.assertTrue(os.path.lexists(other))
         self.assertTrue(any("stale" in line for line in self.lines))
 
+    def test_names_of_nothing(self) -> None:
+        """G8: names that no file can have, which any user may register, end no collection."""
+        self.link("gcroots/auto/circle", self.link(self.home + "/circle", "circle") + "/x")
+        add_indirect_root(self.state, "/" + "x" * 300)
+        add_indirect_root(self.state, "/home" + "/x" * 2045)
+        depth = "profiles/per-user/u"
+        os.makedirs(f"{self.state}/{depth}")
+        fd = os.open(f"{self.state}/{depth}", os.O_RDONLY)
+        for _ in range(20):
+            os.mkdir("d" * 250, dir_fd=fd)
+            below = os.open("d" * 250, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        os.close(fd)
+        kept = self.link("gcroots/x", A)
+        self.assertEqual(self.find(), {kept: A})
+        self.assertEqual(os.listdir(self.state + "/gcroots/auto"), [])
+
     def test_to_directory_or_file(self) -> None:
         """G9: an indirect link to something else than a link is nothing."""
         directory = self.link("gcroots/auto/d", self.home)
