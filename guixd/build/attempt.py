@@ -223,7 +223,7 @@ class Attempt:
         outputs = job.drv.outputs.items()
         taken = [output.path for name, output in outputs if not normal or name not in wanted]
         apart = self._contained or self._git
-        where = targets(shop.store.directory, job.path, job.drv, wanted, taken, contained=apart)
+        where = targets(shop.store.directory, job.path, wanted, taken, contained=apart)
         own = shop.store.temp_roots() if where.elsewhere else None
         try:
             for path in where.elsewhere.values():

@@ -37,7 +37,7 @@ class Delivery:
         call = inline if harvest.is_small() else self._shop.threads
         if has_rules(self._job.drv) or self._before:
             made = await self._collect(harvest)
-            await self._compare_rounds(harvest, made)
+            await self._compare_rounds(made)
             await call(harvest.publish, made)
         else:
             made = await call(harvest.take_in)
@@ -57,7 +57,7 @@ class Delivery:
         :raises BuildFailure: it is not, or not as it should be.
         """
         made = await self._collect(harvest)
-        await self._compare_rounds(harvest, made)
+        await self._compare_rounds(made)
         self._before = {output.path: output for output in made}
         if self._job.options.keep_failed:
             await self._set_aside(harvest, self._before)
@@ -111,7 +111,7 @@ class Delivery:
             )
         return made
 
-    async def _compare_rounds(self, harvest: Harvest, made: Collection[Made]) -> None:
+    async def _compare_rounds(self, made: Collection[Made]) -> None:
         for output in made:
             before = self._before.get(output.path, output)
             if (before.nar_hash, before.references) == (output.nar_hash, output.references):

@@ -64,14 +64,13 @@ def redirected(store: StoreDirectory, drv: StorePath, output: StorePath) -> Stor
 
 def targets(
     store: StoreDirectory,
-    path: StorePath,
-    drv: Derivation,
+    drv: StorePath,
     wanted: Mapping[str, Output],
     taken: Collection[StorePath],
     *,
     contained: bool,
 ) -> Targets:
-    """Return where the builder of the derivation at PATH writes.
+    """Return where the builder of DRV writes.
 
     :param taken: the outputs whose own places must stay as they are.
     :param contained: whether the builder has a container.
@@ -79,4 +78,4 @@ def targets(
     taken = frozenset(taken)
     if contained or not taken:
         return Targets(wanted, taken)
-    return Targets(wanted, taken, {old: redirected(store, path, old) for old in sorted(taken)})
+    return Targets(wanted, taken, {old: redirected(store, drv, old) for old in sorted(taken)})

@@ -55,7 +55,7 @@ def confine(files: Sequence[str] = (), uids: Sequence[int] = UIDS) -> None:
         _enter_user_namespace(spaces)
     _enter_empty_root({name: data for name, data in copies.items() if data is not None})
     _limit()
-    _drop_capabilities(root)
+    _drop_capabilities()
     if root:
         _become_nobody(uids)
     prctl.cap_effective.limit()
@@ -127,7 +127,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _drop_capabilities(root: bool) -> None:
+def _drop_capabilities() -> None:
     with suppress(OSError):
         kernel.clear_ambient_capabilities()
     prctl.capbset.limit()

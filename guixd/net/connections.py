@@ -327,7 +327,7 @@ class Connections:
 
     def keep(self, way: Way, connection: Connection) -> None:
         """Keep an idle connection for the next."""
-        connection.adopt(lambda each: self.keep(way, each), _forget)
+        connection.adopt(lambda each: self.keep(way, each), fail_all)
         kept = self._kept.setdefault(way, [])
         if len(kept) >= KEPT or connection in kept:
             if connection not in kept:
@@ -352,7 +352,8 @@ class Connections:
             kept.clear()
 
 
-def _forget(connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
+def fail_all(connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
+    """Let all EXCHANGES fail with ERROR, for which their CONNECTION was lost."""
     for exchange in exchanges:
         exchange.failed(error)
 

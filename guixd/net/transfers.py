@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from guixd.errors import FetchError
 from guixd.net.codecs import BadData, decoder
-from guixd.net.connections import Connection, Connections, Exchange, Way, request_bytes
+from guixd.net.connections import Connections, Exchange, Way, fail_all, request_bytes
 from guixd.net.endpoints import basic, refusal
 from guixd.net.files import FileReader
 from guixd.net.ftp import retrieve
@@ -375,7 +375,7 @@ class Transfer:
             try:
                 if kept is None:
                     connection = await self._connections.open(
-                        way, self._request.connect_timeout, _give_up
+                        way, self._request.connect_timeout, fail_all
                     )
                 else:
                     connection = kept
@@ -452,11 +452,6 @@ async def _dismiss(body: Body, answer: ResponseHead) -> None:
     else:
         body.complete.addErrback(lambda failure: None)
         body.abort()
-
-
-def _give_up(connection: Connection, exchanges: list[Exchange], error: FetchError) -> None:
-    for exchange in exchanges:
-        exchange.failed(error)
 
 
 def split_url(url: str, schemes: Any) -> SplitResult:

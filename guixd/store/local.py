@@ -412,7 +412,7 @@ class LocalStore:
         name: str,
         algorithm: str,
         recursive: bool,
-        session: TempRoots | None = None,
+        *,
         links: Links | None = None,
     ) -> Addition:
         """Begin to receive an item whose name follows from its contents (op 7).
@@ -421,7 +421,6 @@ class LocalStore:
         collectors.  End with `commit_addition`, and if `is_left` still tells that
         something of it is there, with `discard_addition`.
 
-        :param session: not needed; the name is protected by roots of our own.
         :param links: where the files are shared with equal ones.
         :raises Busy: another process collects.
         """

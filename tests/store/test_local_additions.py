@@ -25,7 +25,7 @@ class AdditionTests(Case):
     def add_nar(
         self, name: str, nar: bytes, algorithm: str = "sha256", recursive: bool = True
     ) -> StorePath:
-        addition = self.store.begin_addition(name, algorithm, recursive, self.roots)
+        addition = self.store.begin_addition(name, algorithm, recursive)
         self.assertEqual(addition.feed(nar), len(nar))
         return self.store.commit_addition(addition, self.roots)
 
