@@ -237,7 +237,7 @@ class Harvest:
             base = path.base
             try:
                 move(self._source, base, self._staging, base)
-                strip(self._staging, base)
+                strip(self._staging, base, pipes=False)
                 reached("outputs.stripped")
             except (OSError, GuixdError):
                 continue

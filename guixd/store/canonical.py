@@ -23,6 +23,8 @@ InodesSeen = set[tuple[int, int]]
 
 _Result = TypeVar("_Result")
 _UNSAFE = stat.S_ISUID | stat.S_ISGID | stat.S_IWOTH
+_STORED = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
+_PIPES = (stat.S_IFSOCK, stat.S_IFIFO)
 
 
 def canonical_mode(mode: int) -> int:
@@ -60,7 +62,7 @@ def _canonicalise_node(
 ) -> None:
     mode = status.st_mode
     is_directory = stat.S_ISDIR(mode)
-    if not (stat.S_ISREG(mode) or is_directory or stat.S_ISLNK(mode)):
+    if stat.S_IFMT(mode) not in _STORED:
         raise _unsupported(down.path(name), mode)
     if owner is not None and status.st_uid != owner:
         if not is_directory and identity(status) in seen:
@@ -164,13 +166,14 @@ def _unsupported(path: str, mode: int) -> StoreError:
     )
 
 
-def strip(dir_fd: int | None, name: str) -> None:
+def strip(dir_fd: int | None, name: str, *, pipes: bool = True) -> None:
     """Clear setuid, setgid and write permission for others on NAME and all below it.
 
+    :param pipes: whether sockets and FIFOs may be in it.
     :raises StoreError: a device or other special file, or a file with links
         from elsewhere; nothing was changed then.
     """
-    _guarded(name, lambda: _check_links(dir_fd, name))
+    _guarded(name, lambda: _check_links(dir_fd, name, pipes))
     _guarded(name, lambda: walk(dir_fd, name, _strip_node))
 
 
@@ -198,14 +201,18 @@ def chown_tree(dir_fd: int | None, name: str, uid: int, gid: int) -> None:
     _guarded(name, lambda: walk(dir_fd, name, give, give_directory))
 
 
-def _check_links(dir_fd: int | None, name: str) -> None:
-    """Refuse what must not change hands: devices, and files with links outside the tree."""
+def _check_links(dir_fd: int | None, name: str, pipes: bool = True) -> None:
+    """Refuse what must not change hands: devices, and files with links outside the tree.
+
+    :param pipes: whether sockets and FIFOs may.
+    """
     links: Counter[tuple[int, int]] = Counter()
     wanted: dict[tuple[int, int], tuple[int, str]] = {}
 
     def visit(down: Descent, name: str, status: os.stat_result) -> None:
-        if stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
-            raise StoreError(f"file '{down.path(name)}' has an unsupported type")
+        kind = stat.S_IFMT(status.st_mode)
+        if kind not in _STORED and not (pipes and kind in _PIPES):
+            raise _unsupported(down.path(name), kind)
         if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
             links[identity(status)] += 1
             wanted[identity(status)] = (status.st_nlink, down.path(name))
