@@ -17,11 +17,10 @@ def export_graphs(drv: Derivation, store: StoreDirectory, queries: Queries) -> d
     :raises BuildFailure: the list is not of the right form (input rejected).
     :raises GuixdError: a file name that cannot be.
     """
-    words = drv.environment.get(VARIABLE, "").split()
+    listed = drv.environment.get(VARIABLE, "")
+    words = listed.split()
     if len(words) % 2:
-        raise BuildFailure(
-            Status.INPUT_REJECTED, f"`{VARIABLE}' is not made of pairs of a file and a path"
-        )
+        raise _rejected(f"is not made of pairs of a file and a path: `{listed}'")
     files = {}
     for name, text in zip(words[::2], words[1::2], strict=True):
         try:
@@ -31,13 +30,15 @@ def export_graphs(drv: Derivation, store: StoreDirectory, queries: Queries) -> d
         try:
             item = store.containing(text)
         except NotInStore as error:
-            raise BuildFailure(Status.INPUT_REJECTED, error.text) from None
+            raise _rejected(f"is wrong: {error.text}") from None
         if not queries.is_valid(item):
-            raise BuildFailure(
-                Status.INPUT_REJECTED, f"`{VARIABLE}' names the invalid path `{item}'"
-            )
+            raise _rejected(f"names the invalid path `{item}'")
         files[name] = _graph(item, queries)
     return files
+
+
+def _rejected(why: str) -> BuildFailure:
+    return BuildFailure(Status.INPUT_REJECTED, f"`{VARIABLE}' {why}")
 
 
 def _graph(item: StorePath, queries: Queries) -> bytes:

@@ -380,6 +380,7 @@ class OutputTests(Real):
         self.assertFalse(world.is_valid(drv))
         special = world.derive("special", "mkdir $out; mkfifo $out/x; exit 1")
         await self.fail_with(100, special)
+        self.assertFalse(os.path.lexists(world.output(special)))
 
     async def test_fixed(self) -> None:
         """B23: fixed outputs, flat and recursive, by several algorithms."""
@@ -492,7 +493,8 @@ class OutputTests(Real):
         for number, words in enumerate(("g", "g /nowhere", f"g {world.top}/s/{'1' * 32}-x")):
             bad = world.derive(f"g{number}", environment={"exportReferencesGraph": words})
             observer = await self.fail_with(100, bad)
-            self.assertTrue(observer.traces[-1].startswith(f"@ build-failed {bad} - 0 "))
+            told = f"@ build-failed {bad} - 0 `exportReferencesGraph' "
+            self.assertTrue(observer.traces[-1].startswith(told))
         bad = world.derive("dot", environment={"exportReferencesGraph": f".g {user}"})
         await self.fail_with(1, bad)
 
