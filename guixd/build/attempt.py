@@ -93,9 +93,8 @@ class Attempt:
     async def run(self, vacate: Callable[[], None]) -> Result:
         """Build; afterwards no process, mount or directory of the build is left.
 
-        :param vacate: called once, as soon as another build may begin in place of
-            this one: when only directories are left to be removed, at the latest at
-            the end.
+        :param vacate: called before the end if another build may begin in place of
+            this one: when only directories are left to be removed.
         :raises CancelledError: it was given up.
         """
         self._vacate = vacate
@@ -109,7 +108,7 @@ class Attempt:
                 result = replace(result, text=f"cannot build `{self._job.path}': {result.text}")
             await self._remember(result)
         finally:
-            self._make_room()
+            self._release_user()
         self._report(result)
         return result
 
@@ -152,14 +151,12 @@ class Attempt:
             job.say.log(Level.ERROR, text)
         return user
 
-    def _make_room(self) -> None:
-        """Let another build have the user and the slot."""
+    def _release_user(self) -> None:
+        """Let another build have the user."""
         user, self._user = self._user, None
         if user is not None and self._shop.users is not None:
             # With valid outputs, all has been killed, or a pid namespace has ended in good order.
             self._shop.users.release(user, clean=self._valid)
-        vacate, self._vacate = self._vacate, lambda: None
-        vacate()
 
     async def _with_locks(self) -> Result:
         locks = await self._lock()
@@ -259,7 +256,8 @@ class Attempt:
                 await finish(harvest)
                 if last:
                     self._valid = True
-                    self._make_room()
+                    self._release_user()
+                    self._vacate()
 
             await trial.run(finish_and_make_room)
 

@@ -242,11 +242,11 @@ class Engine:
         options = request.request.options
         normal = goal.mode is BuildMode.NORMAL
         running = self._builds.get(goal.path)
-        if normal and running and not running.abandoned and running.rounds == options.rounds:
+        if normal and running and running.is_open and running.rounds == options.rounds:
             return running, running.attach(observer, options, share, goal.priority, request.changed)
         assert goal.drv is not None
         build = SharedBuild(self._common, goal.path, goal.drv, options, goal.mode)
-        if normal and (running is None or running.abandoned):
+        if normal and (running is None or not running.is_open):
             self._builds[goal.path] = build
         self._ending.add(build)
         attachment = build.attach(observer, options, share, goal.priority, request.changed)

@@ -84,7 +84,7 @@ class SharedBuild:
             and is_native(drv.platform, self._workshop.settings)
         )
         self.rounds = options.rounds
-        self.abandoned = False
+        self._abandoned = False
         self.ended: Deferred[None] = Deferred()
         self._common = common
         self._options = options
@@ -140,13 +140,13 @@ class SharedBuild:
             attachment.ticket.cancel()
         if not self._attachments and self._result is None:
             self._give_up()
-        elif self._slot is not None and self._slot.share is attachment.share:
+        elif self._slot is not None and self._attachments and self._slot.share is attachment.share:
             self._common.scheduler.move(self._slot, self._attachments[0].share)
         for other in list(self._attachments):
             other.changed()
 
     def _give_up(self) -> None:
-        self.abandoned = True
+        self._abandoned = True
         if self._waiting is not None:
             self._waiting.cancel()
         if self._awaited is not None:
@@ -185,6 +185,11 @@ class SharedBuild:
             client_uid=keeper.client_uid,
             client_gid=keeper.client_gid,
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether clients can take part."""
+        return not self._abandoned and self._result is None
 
     @property
     def stuck(self) -> bool:
@@ -242,9 +247,11 @@ class SharedBuild:
             if normal and self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             self._slot = await self._wait_for_slot()
-            return None if self._common.disk.lack() else await self._build()
-        finally:
+            if not self._common.disk.lack():
+                return await self._build()
             self._vacate()
+            return None
+        finally:
             claims.free(claimed)
 
     async def _build(self) -> Result:
@@ -291,11 +298,13 @@ class SharedBuild:
     def _finish(self, outcome: Result | Failure) -> None:
         if isinstance(outcome, Result):
             self._result = outcome
-        elif self.abandoned:
+        elif self._abandoned:
             self._result = Result(Status.MISC_FAILURE, "given up")
         else:
             self._result = result_of(outcome.value or RuntimeError())
             _log.failure("the build of {path} went wrong", outcome, path=self.path)
         self._awaited = None
-        self.ended.callback(None)
         self._broadcast.finish()
+        # Only now, as who gives up for this result is to begin nothing more.
+        self._vacate()
+        self.ended.callback(None)

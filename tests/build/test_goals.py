@@ -282,6 +282,14 @@ class FailureTests(Fake):
         self.assertEqual([t for t in observer.traces if "failed" in t and a in t], [])
         self.assertEqual(world.leftovers(), [])
 
+    def test_nothing_begins_in_vain(self) -> None:
+        """B4: what waits for the slot of the one that fails does not begin; its old log stays."""
+        world = self.world
+        building = world.build(world.derive("a"), world.derive("b"), max_jobs=1)
+        self.launcher["a"].finish(1)
+        self.assertEqual(self.error(building).status, 100)
+        self.assertEqual(self.launcher.names, ["a"])
+
     def test_first_of_two(self) -> None:
         """B4: of two that cannot be built for the same reason, one is named and told of."""
         world, observer = self.world, Recorder()
