@@ -1,4 +1,4 @@
-"""What an administrator chose: directories and options (options.md §1, §4)."""
+"""What an administrator chose: directories and options (spec: options §1, §4)."""
 
 from __future__ import annotations
 

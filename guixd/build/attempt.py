@@ -1,4 +1,4 @@
-"""One attempt to build one derivation, from a free slot to valid outputs (build.md §3, §8)."""
+"""One attempt to build one derivation, from a free slot to valid outputs (spec: build §3, §8)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Attempt:
         return result
 
     async def _remember(self, failure: Result) -> None:
-        """Note that the build fails for good, if that is wanted (store.md §15)."""
+        """Note that the build fails for good, if that is wanted (spec: store §15)."""
         drv = self._job.drv
         final = failure.status in (Status.PERMANENT_FAILURE, Status.OUTPUT_REJECTED)
         normal = self._mode is BuildMode.NORMAL

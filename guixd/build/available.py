@@ -1,4 +1,4 @@
-"""What of a request need not be built, as there are substitutes for it (build §3, substitutes §8).
+"""What of a request need not be built, as there are substitutes (spec: build §3, substitutes §8).
 
 Servers are asked for many paths at a time: for all outputs that are wanted first, then,
 where something is missing, for all that its builds need, and so on.

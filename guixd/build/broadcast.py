@@ -1,7 +1,7 @@
 """What one build tells its clients: everyone gets everything, each at its own pace.
 
 The end of the builder's output is kept in memory; what a late or slow client
-needs beyond that is read back from the log file (build.md §4, §11).
+needs beyond that is read back from the log file (spec: build §4, §11).
 """
 
 from __future__ import annotations

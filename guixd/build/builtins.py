@@ -1,4 +1,4 @@
-"""Builders that the daemon provides itself (derivations.md §9, downloads.md §1).
+"""Builders that the daemon provides itself (spec: derivations §9, downloads §1).
 
 To the rest they are processes: they have a number, write a log, can be killed, and end
 with a status.

@@ -1,4 +1,4 @@
-"""In which order the goals of a request had best be built (build.md §3).
+"""In which order the goals of a request had best be built (spec: build §3).
 
 What something waits for comes before what nothing waits for, and what begins the
 longest chain of builds, in seconds as far as they are known, comes first of all:

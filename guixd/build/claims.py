@@ -1,4 +1,4 @@
-"""Who builds which output: waiting for one another inside the daemon (build.md §4).
+"""Who builds which output: waiting for one another inside the daemon (spec: build §4).
 
 Different derivations may have the same output, as fixed ones often do.
 """

@@ -1,4 +1,4 @@
-"""What outputs may refer to (build.md §8)."""
+"""What outputs may refer to (spec: build §8)."""
 
 from __future__ import annotations
 

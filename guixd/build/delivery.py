@@ -1,4 +1,4 @@
-"""What becomes of the outputs of one run, as the mode of the build says (build.md §6, §8)."""
+"""What becomes of the outputs of one run, as the mode of the build says (spec: build §6, §8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for lock files that another process holds (build.md §4).
+"""Waiting for lock files that another process holds (spec: build §4).
 
 Whoever gives such a lock up closes the file, or removes it: of both the kernel tells
 who watches it.  A slow look at the files from time to time is for file systems where it

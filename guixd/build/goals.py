@@ -1,4 +1,4 @@
-"""Carrying out one request: its goals in order, and the error that ends it (build.md §2, §3).
+"""Carrying out one request: its goals in order, and the error that ends it (spec: build §2, §3).
 
 The goals are planned anew, while others go on, whenever more is known than before: what is
 offered cannot be had, a derivation has come that nobody could read before, or a derivation

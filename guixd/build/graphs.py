@@ -1,4 +1,4 @@
-"""The graphs of references that builders ask for (build.md §7, `exportReferencesGraph`)."""
+"""The graphs of references that builders ask for (spec: build §7, `exportReferencesGraph`)."""
 
 from __future__ import annotations
 

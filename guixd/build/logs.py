@@ -1,4 +1,4 @@
-"""Log files of builds: written and compressed off the reactor's thread (build.md §11)."""
+"""Log files of builds: written and compressed off the reactor's thread (spec: build §11)."""
 
 from __future__ import annotations
 

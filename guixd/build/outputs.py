@@ -1,4 +1,4 @@
-"""From what a builder left behind to verified store items (build.md §8).
+"""From what a builder left behind to verified store items (spec: build §8).
 
 For a time after the last process of the build is dead.  All of it blocks, and is
 for a worker thread unless `Harvest.is_small`.
@@ -81,7 +81,7 @@ class Harvest:
         takes the outputs; it is made if it is missing.
     :ivar open_source: opens the store directory that the builder wrote to.
     :ivar fresh: whether outputs are copied rather than moved, so that nobody can
-        have a file of them open for writing (sandbox.md, I-FRESH).
+        have a file of them open for writing (spec: sandbox I-FRESH).
     :ivar owner: the build user's uid; `None` if the builder ran as the daemon.
     :ivar targets: the outputs, and where they are.
     :ivar candidates: what the outputs may refer to.

@@ -1,4 +1,4 @@
-"""How long the clients of one build wait for it, each by its own options (build.md §5).
+"""How long the clients of one build wait for it, each by its own options (spec: build §5).
 
 A client's limits count from when the builder starts or the client comes, whichever is
 later.  Whoever runs out of patience goes alone; the last one takes the builder along.

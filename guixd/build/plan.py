@@ -1,4 +1,4 @@
-"""Which derivations a request needs built, found without recursion (build.md §3).
+"""Which derivations a request needs built, found without recursion (spec: build §3).
 
 Only derivations with invalid wanted outputs are entered; their inputs follow.
 """

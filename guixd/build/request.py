@@ -11,7 +11,7 @@ from guixd.settings import Settings
 
 
 class Roots(Protocol):
-    """The temporary roots of a session; they last as long as the session (gc.md §4)."""
+    """The temporary roots of a session; they last as long as the session (spec: gc §4)."""
 
     def add(self, path: StorePath, /) -> object:
         """Protect PATH; returns nothing of interest, or raises `store.roots.Busy`."""
@@ -26,7 +26,7 @@ class BuildMode(IntEnum):
 
 
 class Level(IntEnum):
-    """Levels of log lines, the most important first (protocol.md §6)."""
+    """Levels of log lines, the most important first (spec: protocol §6)."""
 
     ERROR = 0
     INFO = 1

@@ -1,4 +1,4 @@
-"""How a build ended (build.md §2)."""
+"""How a build ended (spec: build §2)."""
 
 from __future__ import annotations
 

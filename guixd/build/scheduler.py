@@ -1,4 +1,4 @@
-"""Slots for builds: how many run at once, and whose turn it is (build.md §3).
+"""Slots for builds: how many run at once, and whose turn it is (spec: build §3).
 
 Every request has a `Share` with a limit of its own.  A free slot goes to the client
 with the fewest running builds; among clients, and then among the requests of one, that

@@ -1,4 +1,4 @@
-"""One derivation being built, for all clients that want it (build.md §4).
+"""One derivation being built, for all clients that want it (spec: build §4).
 
 It waits for its outputs and a slot, runs an attempt, and tells everybody the
 result.  What the builder gets is as the client that came first wants it; each client's

@@ -105,7 +105,7 @@ class Substitutes:
         observer: Observer,
         protection: Protection,
     ) -> Result:
-        """Replace what is at PATH, valid or not, by a substitute if there is one (build §6).
+        """Replace what is at PATH, valid or not, by a substitute if there is one (spec: build §6).
 
         What it refers to must be valid.
 

@@ -1,4 +1,4 @@
-"""One path being substituted, for all clients that want it (substitutes §7, §8).
+"""One path being substituted, for all clients that want it (spec: substitutes §7, §8).
 
 It waits for those who make the item already and for a lane, takes the archive in from one
 place after the other until one is right, and then, with the lock of the path, makes the

@@ -1,4 +1,4 @@
-"""Where a builder writes its outputs when their own places must not be touched (build.md §9).
+"""Where a builder writes its outputs when their own places must not be touched (spec: build §9).
 
 In a container they have those places for themselves.  Without one, outputs that are
 valid already are redirected: the builder gets other names for them, of the same

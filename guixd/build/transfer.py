@@ -1,4 +1,4 @@
-"""An archive on its way from a server, or a file, into the staging place (substitutes §7, §9)."""
+"""An archive on its way from a server, or a file, to its staging place (spec: substitutes §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of a builder, from its directories to the outputs that it left (build.md §3, §8)."""
+"""One run of a builder, from its directories to the outputs that it left (spec: build §3, §8)."""
 
 from __future__ import annotations
 

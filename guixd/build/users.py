@@ -1,4 +1,4 @@
-"""The build users: who a builder runs as, and waiting for a free one (sandbox.md §2).
+"""The build users: who a builder runs as, and waiting for a free one (spec: sandbox §2).
 
 A uid serves one build at a time.  A lock file per uid keeps that true when
 another daemon uses the same state directory.

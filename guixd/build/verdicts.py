@@ -1,4 +1,4 @@
-"""What the end of a builder means, in words (build.md §2, §8)."""
+"""What the end of a builder means, in words (spec: build §2, §8)."""
 
 from __future__ import annotations
 

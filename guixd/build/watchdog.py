@@ -1,4 +1,4 @@
-"""Limits of a running build: silence, time and length of its log (build.md §5)."""
+"""Limits of a running build: silence, time and length of its log (spec: build §5)."""
 
 from __future__ import annotations
 

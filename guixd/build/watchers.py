@@ -1,4 +1,4 @@
-"""What clients are told of a substitution: traces, or lines for people (substitutes §9)."""
+"""What clients are told of a substitution: traces, or lines for people (spec: substitutes §9)."""
 
 from __future__ import annotations
 

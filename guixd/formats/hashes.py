@@ -1,4 +1,4 @@
-"""Hash algorithms of the store and the nix-base32 notation (store.md §2)."""
+"""Hash algorithms of the store and the nix-base32 notation (spec: store §2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Store paths: one type, how they are computed and tested (store.md §3)."""
+"""Store paths: one type, how they are computed and tested (spec: store §3)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class StoreDirectory(NamedTuple):
     path: str = "/gnu/store"
 
     def parse(self, raw: str | bytes) -> StorePath:
-        """Return RAW as a store path; only its form is tested (protocol.md §2).
+        """Return RAW as a store path; only its form is tested (spec: protocol §2).
 
         :raises NotInStore: RAW is not the store directory, a slash and one name.
         """

@@ -1,4 +1,4 @@
-"""Reading one printed datum of Scheme, as clients put them into derivations (downloads §3).
+"""Reading one printed datum of Scheme, as clients put them into derivations (spec: downloads §3).
 
 Strings become `str`, symbols `Symbol`, lists tuples, numbers `int`, and `#t` and `#f`
 `bool`.  Nothing is ever evaluated while reading.

@@ -1,4 +1,4 @@
-"""How servers are reached: straight, through proxies, and with TLS (downloads §4)."""
+"""How servers are reached: straight, through proxies, and with TLS (spec: downloads §4)."""
 
 from __future__ import annotations
 

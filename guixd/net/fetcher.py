@@ -1,4 +1,4 @@
-"""The process that talks to servers, without the daemon's privileges (substitutes §10).
+"""The process that talks to servers, without the daemon's privileges (spec: substitutes §10).
 
 It serves the daemon over a `channel`.  Requests:
     ["proxies", http, https, exceptions]    once, first

@@ -1,4 +1,4 @@
-"""What substitute servers offer: lookups for all clients, with one cache (substitutes §3 to §6).
+"""What substitute servers offer: lookups for all clients, one cache (spec: substitutes §3 to §6).
 
 A question that somebody has asked already is not asked again: answers are kept in memory
 and in files, and who asks the same meanwhile waits for the same answer.  A server that

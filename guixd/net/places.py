@@ -1,4 +1,4 @@
-"""Where the archive of a substitute can be had, the best place first (substitutes §3, §7, §10)."""
+"""Where a substitute's archive can be had, the best place first (spec: substitutes §3, §7, §10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near an address is, and connecting to no nearer ones than allowed (substitutes §10.4).
+"""How near an address is, and connecting to no nearer ones than allowed (spec: substitutes §10.4).
 
 A server elsewhere may not lead to what only this machine, or this network, can reach.  What
 counts is the address that a connection is made to: names can change what they mean at any

@@ -1,4 +1,4 @@
-"""One body on its way from a server into a pipe (downloads §4, substitutes §7)."""
+"""One body on its way from a server into a pipe (spec: downloads §4, substitutes §7)."""
 
 from __future__ import annotations
 

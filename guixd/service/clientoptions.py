@@ -290,7 +290,7 @@ class SessionOptions:
         return replace(self.settings, **changes) if changes else None  # type: ignore[arg-type]
 
     def _chroot_directories(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of the name inside and the source outside (sandbox.md §5)."""
+        """Return pairs of the name inside and the source outside (spec: sandbox §5)."""
         own = self.table.get("build-chroot-dirs", "").split()
         extra = self.table.get("build-extra-chroot-dirs")
         pairs = [] if extra is not None else list(self.settings.chroot_directories)

@@ -1,4 +1,4 @@
-"""Builds without a container of outputs that are valid already (build.md §9)."""
+"""Builds without a container of outputs that are valid already (spec: build §9)."""
 
 from __future__ import annotations
 

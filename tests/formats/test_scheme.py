@@ -1,4 +1,4 @@
-"""Printed data of Scheme (downloads §3)."""
+"""Printed data of Scheme (spec: downloads §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the daemon may be led to, and by whom, as the real client sees it (substitutes §10)."""
+"""Where the daemon may be led to, and by whom, as the client sees it (spec: substitutes §10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies through the fetcher, from servers good and bad (downloads §4; W8, W10, W11, W22)."""
+"""Bodies through the fetcher, from servers good and bad (spec: downloads §4; W8, W10, W11, W22)."""
 
 from __future__ import annotations
 

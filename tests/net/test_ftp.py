@@ -1,4 +1,4 @@
-"""Fetching by FTP, from a real server and from one that does wrong (downloads §4)."""
+"""Fetching by FTP, from a real server and from one that does wrong (spec: downloads §4)."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class HostileTest(FetcherCase):
         self.assertNotIn("secret", other.requests[0])
 
     async def test_too_much(self) -> None:
-        """Bombs and long bodies end where they should (substitutes §10.7)."""
+        """Bombs and long bodies end where they should (spec: substitutes §10.7)."""
         bomb = gzip.compress(bytes(50 << 20))
         server = Server(self, always(answer(bomb)))
         error = await self.refused(server.url(), compression="gzip", limit=1 << 20)
@@ -295,7 +295,7 @@ class ConfinementTest(FetcherCase):
 
 class SlowReaderTest(FetcherCase):
     async def test_bombs_for_slow_readers(self) -> None:
-        """No more is decoded than is read: memory stays constant (substitutes §10.7)."""
+        """No more is decoded than is read: memory stays constant (spec: substitutes §10.7)."""
         server = Server(self, always(answer(zstd.compress(bytes(1 << 30)))))
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)

@@ -1,4 +1,4 @@
-"""Bodies that break off, and go on or not (downloads §4, substitutes §7; W8, U11)."""
+"""Bodies that break off, and go on or not (spec: downloads §4, substitutes §7; W8, U11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`builtin:download` through the whole daemon (downloads §9)."""
+"""`builtin:download` through the whole daemon (spec: downloads §9)."""
 
 from __future__ import annotations
 

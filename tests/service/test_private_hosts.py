@@ -1,4 +1,4 @@
-"""A daemon that fetches what clients name from public addresses only (downloads §8)."""
+"""A daemon that fetches what clients name from public addresses only (spec: downloads §8)."""
 
 from __future__ import annotations
 
