@@ -82,6 +82,14 @@ class Contents(SynchronousTestCase):
                 found.append(f"{path.relative_to(ROOT)}: {match[0]!r}")
         self.assertEqual(found, [])
 
+    def test_maps_of_packages(self) -> None:
+        """The docstring of each large package names all of its modules, and nothing else."""
+        for package in ("build", "formats", "net", "service", "store"):
+            directory = ROOT / "guixd" / package
+            modules = {path.stem for path in directory.glob("*.py")} - {"__init__"}
+            text = (directory / "__init__.py").read_text()
+            self.assertEqual(set(re.findall(r"`(\w+)`", text)), modules, package)
+
     def test_modules_are_small(self) -> None:
         """No module above 600 lines, the sandbox at most 700 in all."""
         command = [sys.executable, str(ROOT / "tools" / "sizes.py")]
