@@ -248,7 +248,7 @@ class KindTests(TestCase):
         world = World(self, users=1)
         directory = world.settings.directories.state + "/userpool"
         lock = FileLock(f"{directory}/{FIRST_UID}")
-        self.assertTrue(lock.acquire(exclusive=True, wait=False))
+        self.assertTrue(lock.acquire(exclusive=True))
         observer = Recorder()
         building = world.build(world.derive("a"), observer=observer)
         await observer.seen("waits for a build user")
