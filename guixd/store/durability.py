@@ -98,7 +98,7 @@ class Durability:
 
     def __init__(self, queries: Queries) -> None:
         self._queries = queries
-        self._noted = -1  # the row up to which nothing need be flushed
+        self._noted: object = None  # the state of the database with which nothing need be flushed
         self.unsure_since: int | None = None
         flushed = read_flushed(queries.directory)
         if flushed is None or flushed.closed:
@@ -109,17 +109,17 @@ class Durability:
     def trust(self) -> None:
         """Note that what was valid when the machine stopped is all right."""
         self.unsure_since = None
-        self._noted = self._queries.last_row()
-        write_flushed(self._queries.directory, self._noted)
+        self._noted = self._queries.state()
+        write_flushed(self._queries.directory, self._queries.last_row())
 
     def settle(self) -> None:
-        """Flush all, for the end, if anything has been added; blocks.
+        """Flush all, for the end, if anything was committed, also a repair; blocks.
 
         :raises StoreError: something could not be written.
         """
         if self.unsure_since is None:
             row = self._queries.last_row()
-            if row != self._noted:
+            if self._queries.state() != self._noted:
                 self.settle_all()
             write_flushed(self._queries.directory, row, closed=True)
 

@@ -101,6 +101,10 @@ class Queries:
         )
         return [Row(StorePath(path), hash_, size or 0) for path, hash_, size in rows]
 
+    def state(self) -> tuple[bytes, int]:
+        """Return something that differs after each commit, of whoever."""
+        return self._mark.raw, self._connection.total_changes
+
     def last_row(self) -> int:
         """Return the number of the last row of a valid item, 0 if there is none."""
         ((number,),) = self._rows("SELECT coalesce(max(id), 0) FROM ValidPaths")

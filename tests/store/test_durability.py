@@ -10,6 +10,7 @@ from guixd.errors import StoreError
 from guixd.formats.path import StorePath
 from guixd.store import durability
 from guixd.store.durability import boot_id, read_flushed
+from guixd.store.items import Registration
 from guixd.store.local import LocalStore
 from guixd.store.recovery import drop_damaged, find_damaged, is_needed
 from tests.store.test_local import Case
@@ -150,7 +151,7 @@ class FlushTests(DurabilityCase):
         self.assertEqual(self.row(), 1)
 
     def test_only_if_needed(self) -> None:
-        """S16: closing a store flushes the disk, which may take long, if something was added."""
+        """S16: closing a store flushes the disk, which may take long, if anything has changed."""
         syncs: list[str] = []
         self.patch(durability, "sync_file_system", syncs.append)
         self.add("x")
@@ -160,6 +161,22 @@ class FlushTests(DurabilityCase):
         self.assertEqual(self.row(), 1)
         store.close()
         self.assertEqual(len(syncs), 1)
+
+    def test_changed_without_new_row(self) -> None:
+        """S16: what was repaired in place, or removed, is flushed by closing, too."""
+        paths = [self.add("x"), self.add("y")]
+        self.store.close()
+        syncs: list[str] = []
+        self.patch(durability, "sync_file_system", syncs.append)
+        store = self.open(durable=True)
+        info = store.database.path_info(paths[0])
+        store.register([Registration(paths[0], info.nar_hash, info.nar_size, frozenset(), None)])
+        store.close()
+        self.assertEqual(len(syncs), 1)
+        store = self.open(durable=True)
+        store.invalidate(paths[0])
+        store.close()
+        self.assertEqual(len(syncs), 2)
 
     def test_on_demand(self) -> None:
         """S16: all can be flushed at once; without a log, too."""
