@@ -85,6 +85,24 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def make_deep(
+    directory: str, name: str, levels: int, inside: Callable[[int, int], object] | None = None
+) -> None:
+    """Make NAME in DIRECTORY, NAME in that, and so on, deeper than names can be long.
+
+    :param inside: called with the level, from 0, and a descriptor of what gets the next NAME.
+    """
+    fd = os.open(directory, os.O_RDONLY)
+    for level in range(levels):
+        if inside is not None:
+            inside(level, fd)
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+
+
 def temporary_directory(case: SynchronousTestCase, *, world_readable: bool = False) -> str:
     """Return a fresh directory that is removed when the test CASE ends."""
     directory = os.path.realpath(tempfile.mkdtemp(prefix="guixd-test-"))

@@ -33,7 +33,7 @@ from tests.archives import (
     words,
     write_tree,
 )
-from tests.support import DirectoryTestCase, open_files
+from tests.support import DirectoryTestCase, make_deep, open_files
 
 PART = "0123456789abcdfghijklmnpqrsvwxyz"
 
@@ -112,13 +112,7 @@ class RoundTripTests(DirectoryTestCase):
 
     def test_deep(self) -> None:
         """CVE-2026-44028: a tree far deeper than names can be long is serialised and removed."""
-        fd = os.dup(self.fd)
-        for _ in range(600):
-            os.mkdir("deep" * 5, dir_fd=fd)
-            inner = os.open("deep" * 5, os.O_RDONLY, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-        os.close(fd)
+        make_deep(self.directory, "deep" * 5, 600)
         before = open_files()
         blocks: list[bytes] = []
         canonicalise(self.fd, "deep" * 5, None, set())

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from guixd.errors import StoreError
 from guixd.store.trees import open_beneath, remove, remove_path, remove_small
 from tests.archives import File, Link, read_tree, write_tree
-from tests.support import open_files, requires_root, temporary_directory
+from tests.support import make_deep, open_files, requires_root, temporary_directory
 
 _EXCHANGER = """
 import ctypes, os, sys
@@ -70,16 +70,13 @@ class RemoveTests(RemovalTestCase):
     def test_deep_and_wide(self) -> None:
         """A tree deeper than any limit on names or descriptors goes completely."""
         before = open_files()
-        fd = os.dup(self.fd)
-        for level in range(600):
-            os.mkdir("d" * 200, dir_fd=fd)
+
+        def add_files(level: int, fd: int) -> None:
             if level % 100 == 0:
                 for number in range(20):
                     os.close(os.open(f"f{number}", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
-            inner = os.open("d" * 200, os.O_RDONLY, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-        os.close(fd)
+
+        make_deep(self.directory, "d" * 200, 600, add_files)
         remove(self.fd, "d" * 200)
         for number in range(20):
             remove(self.fd, f"f{number}")

@@ -17,7 +17,7 @@ from guixd.store.roots import (
     find_roots,
 )
 from tests.store.holder import Holder
-from tests.support import temporary_directory
+from tests.support import make_deep, temporary_directory
 
 STORE = StoreDirectory("/gnu/store")
 A, B = STORE.child("0" * 32 + "-a"), STORE.child("1" * 32 + "-b")
@@ -194,13 +194,7 @@ class PermanentRootTests(SynchronousTestCase):
         add_indirect_root(self.state, "/home" + "/x" * 2045)
         depth = "profiles/per-user/u"
         os.makedirs(f"{self.state}/{depth}")
-        fd = os.open(f"{self.state}/{depth}", os.O_RDONLY)
-        for _ in range(20):
-            os.mkdir("d" * 250, dir_fd=fd)
-            below = os.open("d" * 250, os.O_RDONLY, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        os.close(fd)
+        make_deep(f"{self.state}/{depth}", "d" * 250, 20)
         kept = self.link("gcroots/x", A)
         self.assertEqual(self.find(), {kept: A})
         self.assertEqual(os.listdir(self.state + "/gcroots/auto"), [])
