@@ -57,7 +57,7 @@ class WorkspaceTests(_Workspaces):
         modes = [mode(name) for name in (workspace.outside, workspace.build_directory)]
         self.assertEqual(modes, [RUNNING, 0o700])
         self.assertEqual(mode(self.drv + ".chroot"), 0o750)
-        own = (workspace.store, workspace.tmp)
+        own = (workspace.store, f"{workspace.chroot}/tmp")
         self.assertEqual([mode(str(name)) for name in own], [0o1775, 0o1777])
         self.assertEqual(mode(self.outside + "/top/graph"), 0o644)
         workspace.remove()
@@ -136,7 +136,7 @@ class BuildUserTests(_Workspaces):
                 workspace.build_directory,
                 workspace.build_directory + "/graph",
                 self.drv + ".chroot",
-                str(workspace.tmp),
+                f"{workspace.chroot}/tmp",
                 str(workspace.store),
             )
         }

@@ -197,7 +197,7 @@ class Place:
         )
         self.case.addCleanup(workspace.remove)
         if self.user is None and os.geteuid() == 0:
-            own = workspace.store, workspace.tmp
+            own = workspace.store, f"{workspace.chroot}/tmp"
             for name in (workspace.outside, workspace.build_directory, workspace.chroot, *own):
                 os.chown(str(name), self.host.uid, self.host.gid)
         spec = plan(
