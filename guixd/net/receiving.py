@@ -107,6 +107,8 @@ async def receive(
     try:
         fetched = await fetching
         await pipe.ended
+        if problem:  # of the last piece, or who waited gave up
+            raise problem[0]
     except BaseException:
         await pipe.close()
         if problem:
