@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -83,6 +84,15 @@ def open_files() -> int:
     """Return how many descriptors this process has, without those of garbage."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
+
+
+def open_names() -> set[str]:
+    """Return the names of what this process, with all its threads, has open."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{number}"))
+    return found
 
 
 def make_deep(

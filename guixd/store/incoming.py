@@ -48,7 +48,7 @@ class Incoming:
 
         Other than the other methods this one, and `commit`, are for the store's thread.
 
-        :param links: where the files are shared with equal ones.
+        :param links: where the files are shared with equal ones; closed in the end.
         :raises BadHash: the algorithm is unknown.
         :raises Busy: another process collects.
         """
@@ -61,6 +61,7 @@ class Incoming:
         self.nar_size = size
         self._algorithm = algorithm
         self._digest = digest
+        self._links = links
         self._writer = TreeWriter(None, self.staging, links)
         self._parser = NarParser(self._writer)
         self._sha256 = hashlib.sha256()
@@ -158,5 +159,7 @@ class Incoming:
         :raises StoreError: that failed.
         """
         self._writer.close()
+        if self._links is not None:
+            self._links.close()
         remove_path(self.staging)
         self._store.staging.free(self.staging)

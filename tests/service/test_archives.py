@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from guixd.formats.wire import encode_bytes, encode_int, encode_long
 from guixd.signatures import KeyPair, read_key_pair, sign
 from tests.service.world import DaemonCase
 from tests.signatures.keys import configuration, golden, install
+from tests.support import open_names
 
 MAGIC = 0x4558494E
 T1 = "a52a4044c155daf0c5627e2bd8c72713d8f7503fe073d9cd83433eb50dca855c"
@@ -221,20 +221,11 @@ class Exports(ArchiveCase):
         exporting = client.export_path(path, lambda _: exporting.cancel())
         exporting.addErrback(lambda _: None)
         await exporting
-        while self.daemon.service.daemon.sessions or path in _open_files():
+        while self.daemon.service.daemon.sessions or path in open_names():
             await deferLater(reactor, 0)
         other = await self.client()
         await other.collect_garbage(3, [path])
         self.assertFalse(os.path.lexists(path))
-
-
-def _open_files() -> set[str]:
-    """Return what this process, with the daemon's threads, has open."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.add(os.readlink(f"/proc/self/fd/{name}"))
-    return found
 
 
 class Refusals(ArchiveCase):

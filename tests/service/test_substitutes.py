@@ -17,7 +17,7 @@ from tests.net.servers import Asked, Server, answer, unused_port
 from tests.service.downloads import CONTENT
 from tests.service.substitutes import SubstituteCase
 from tests.service.world import set_options
-from tests.support import temporary_directory
+from tests.support import open_names, temporary_directory
 
 
 class GoodServer(SubstituteCase):
@@ -172,7 +172,7 @@ class GoodServer(SubstituteCase):
         self.assertEqual(set(await client.valid_paths(paths)), set(paths))
 
     async def test_equal_files(self) -> None:
-        """U27: files are shared with equal ones while they come, or not."""
+        """U27: files are shared with equal ones while they come, or not; nothing stays open."""
         for name, shares in (("shared", "true"), ("alone", "false")):
             tree = self.tree(b"twin" * 4096)
             path = self.offer(name, nar=tree)
@@ -180,6 +180,7 @@ class GoodServer(SubstituteCase):
             await client.build_paths([path])
             links = os.stat(path + "/one").st_nlink
             self.assertEqual(links, 3 if shares == "true" else 1)
+            self.assertNotIn(f"{self.store.path}/.links", open_names())
             await client.close()
 
     def tree(self, content: bytes) -> bytes:
