@@ -65,22 +65,25 @@ def refuse_builtin(drv: Derivation) -> None:
 class BuiltinProcess:
     """The transport of a builder that is a coroutine.
 
+    :param reactor: calls what must not happen in the midst of a step of it.
     :ivar pid: a number that no process has.
     :ivar known: at its end, what need not be found out about its outputs again.
     """
 
-    def __init__(self, pid: int, protocol: Any) -> None:
+    def __init__(self, reactor: Any, pid: int, protocol: Any) -> None:
         self.pid = pid
         self.known: Mapping[StorePath, Known] = {}
+        self._reactor = reactor
         self._protocol = protocol
         self._running: Deferred[bool] | None = None
-        self._ended = False
+        self._begun = self._ended = False
         self._held = False
 
     def run(self, work: Callable[[], Coroutine[Any, Any, bool]]) -> None:
         """Do WORK, which returns whether it succeeded."""
         if self._ended:
             return
+        self._begun = True
         self._running = Deferred.fromCoroutine(work())
         self._running.addBoth(self._finish)
 
@@ -120,10 +123,15 @@ class BuiltinProcess:
         """
         if self._ended:
             raise ProcessExitedAlready()
-        if self._running is not None:
-            self._running.cancel()
+        if self._begun:
+            # What it writes may be why it is killed, and only what waits can be cancelled.
+            self._reactor.callLater(0, self._give_up)
         else:
             self._end(ProcessTerminated(None, _SIGKILL))  # type: ignore[no-untyped-call]
+
+    def _give_up(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
 
     def loseConnection(self) -> None:
         """Do nothing: there is no pipe."""
@@ -162,7 +170,7 @@ class Builtins:
         :param hash_parts: what to look for in them.
         """
         self._number += 1
-        process = BuiltinProcess(self._number, protocol)
+        process = BuiltinProcess(self._reactor, self._number, protocol)
         say, report = process.write, process.write_if_read
         download = Download(self.tools, job, directory, hash_parts, say, report)
         protocol.makeConnection(process)
