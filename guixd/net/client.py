@@ -30,6 +30,7 @@ TRIES = 3
 """How many helpers in turn may die of one lookup."""
 _URLS_AT_ONCE = 200
 _LOST = "the process that downloads has died"
+_STOPPING = "the daemon is stopping"
 
 
 class _Fetch:
@@ -204,7 +205,7 @@ class Fetcher:
 
     def _begin(self, job: _Fetch | _Lookup) -> int:
         if self._stopped:
-            raise FetchError("fetcher", "the daemon is stopping")
+            raise FetchError("fetcher", _STOPPING)
         self.start()
         if not self._jobs:
             self._heard = self._reactor.seconds()
@@ -334,6 +335,7 @@ class Fetcher:
         if not self._stopped:
             _log.error("{lost} {why}", lost=_LOST, why=self._broken)
         text = f"{_LOST}: {self._broken}" if self._broken else _LOST
+        text = _STOPPING if self._stopped else text
         for number, job in list(self._jobs.items()):
             if isinstance(job, _Lookup) and not self._stopped and not self._broken:
                 job.tries += 1

@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from guixd.errors import BadNarinfo
+from guixd.errors import BadNarinfo, FetchError
 from guixd.formats import narinfo
 from guixd.formats.narinfo import Narinfo
 from guixd.formats.narinfocache import CacheEntry
@@ -235,6 +235,8 @@ class Narinfos:
                     del left[path]
             if left and not self._why_down(server):
                 await self._look_up(server, left)
+        except FetchError as error:
+            self._failed(server, error.kind, error.text)
         finally:
             for path in left:
                 self._fire(server, path, None)

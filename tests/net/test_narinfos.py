@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, fail, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.errors import FetchError
 from guixd.formats.narinfocache import CacheEntry, directory_name
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.net import narinfos
@@ -45,11 +46,14 @@ class Lookups:
         self.known: dict[str, Answer] = {}
         self.held: list[Callable[[], None]] = []
         self.holds = False
+        self.broken = ""
 
     def lookup(
         self, urls: Sequence[str], answered: Callable[[int, Answer], None]
     ) -> Deferred[None]:
         self.asked += urls
+        if self.broken:
+            return fail(FetchError("fetcher", self.broken))
         done: Deferred[None] = Deferred()
 
         def answer() -> None:
@@ -242,5 +246,17 @@ class NarinfosTests(SynchronousTestCase):
         self.assertEqual(len(self.lookups.asked), 1)
         self.assertIn("connection refused", told[0])
         self.serve("a")
+        self.clock.advance(DOWN + 1)
+        self.assertEqual(set(self.find(item)), {item})
+
+    def test_nobody_asks(self) -> None:
+        """When the process that downloads dies again and again, clients are told so."""
+        item = path("a")
+        self.serve("a")
+        self.lookups.broken = "the process that downloads has died"
+        told: list[str] = []
+        self.assertEqual(self.find(item, told=told.append), {})
+        self.assertIn("has died", told[0])
+        self.lookups.broken = ""
         self.clock.advance(DOWN + 1)
         self.assertEqual(set(self.find(item)), {item})
