@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TypeVar
 
@@ -93,6 +94,19 @@ def open_names() -> set[str]:
         with suppress(OSError):
             found.add(os.readlink(f"/proc/self/fd/{number}"))
     return found
+
+
+@contextmanager
+def last_descriptor(*, free: bool) -> Iterator[None]:
+    """Let this process open one file more if FREE, else none."""
+    next_one = os.dup(0)
+    os.close(next_one)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def make_deep(

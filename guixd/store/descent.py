@@ -92,6 +92,12 @@ class Descent:
         text = "/".join([*self.names, os.fsdecode(name)])
         return text if len(text) < 4096 else "…" + text[-4000:]
 
+    def place(self, error: OSError, name: str) -> str:
+        """Return how to call what ERROR is about, which began at NAME, in a message."""
+        if isinstance(error.filename, str):
+            return self.path(error.filename)
+        return self.path("").rstrip("/") or name  # of a descriptor, the current directory's
+
     def close(self) -> None:
         """Close all that is open."""
         for fd in self._fds[len(self._closed) :]:

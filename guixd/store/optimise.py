@@ -96,7 +96,7 @@ class _Sharing:
             except OSError as error:
                 if not _exists(store, name):
                     return  # somebody has collected it
-                what = down.path(error.filename if isinstance(error.filename, str) else name)
+                what = down.place(error, name)
                 raise StoreError(f"cannot share '{what}': {error.strerror}") from error
             except StoreError:
                 if _exists(store, name):

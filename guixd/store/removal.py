@@ -30,7 +30,7 @@ def remove(dir_fd: int | None, name: str, *, max_links: int = 1) -> int:
         try:
             return _remove(down, name, max_links)
         except OSError as error:
-            what = down.path(error.filename if isinstance(error.filename, str) else name)
+            what = down.place(error, name)
             raise StoreError(f"cannot delete '{what}': {error.strerror}") from error
 
 

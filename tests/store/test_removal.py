@@ -11,7 +11,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from guixd.errors import StoreError
 from guixd.store.trees import open_beneath, remove, remove_path, remove_small
 from tests.archives import File, Link, read_tree, write_tree
-from tests.support import make_deep, open_files, requires_root, temporary_directory
+from tests.support import (
+    last_descriptor,
+    make_deep,
+    open_files,
+    requires_root,
+    temporary_directory,
+)
 
 _EXCHANGER = """
 import ctypes, os, sys
@@ -58,6 +64,13 @@ class RemoveTests(RemovalTestCase):
         with self.assertRaises(StoreError) as caught:
             remove_path(self.at("f/below"))
         self.assertIn("f/below", caught.exception.text)
+
+    def test_no_descriptors(self) -> None:
+        """Who cannot read a directory, as too much is open, is told which."""
+        write_tree(os.fsencode(self.at("t")), {b"f": File()})
+        wanted = f"cannot delete '{self.at('t')}': Too many"
+        with self.assertRaisesRegex(StoreError, wanted), last_descriptor(free=True):
+            remove_path(self.at("t"))
 
     def test_link_counts(self) -> None:
         """G15: a file counts as freed when it has no more links than was said."""
