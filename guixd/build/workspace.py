@@ -71,10 +71,11 @@ class Workspace:
         :raises OSError: or `StoreError`; nothing is left then.
         """
         opened: list[int] = []
-        outside = _make_outside(f"{temporary}/guix-build-{path.name}")
+        mode = RUNNING if use_chroot else 0o700
+        outside = _make_outside(f"{temporary}/guix-build-{path.name}", mode)
         chroot = None
         try:
-            opened.append(_open_own(outside, None, RUNNING if use_chroot else 0o700))
+            opened.append(_open_own(outside, None, mode))
             if use_chroot:
                 claim(opened[0])
                 build_directory = f"{outside}/{_TOP}"
@@ -190,12 +191,15 @@ class Workspace:
                 os.close(descriptor)
 
 
-def _make_outside(prefix: str) -> str:
-    """Create the first PREFIX-N that does not exist, for the daemon only."""
+def _make_outside(prefix: str, mode: int) -> str:
+    """Create the first PREFIX-N that does not exist, for the daemon only.
+
+    It has its MODE at once, by which the next daemon knows it if all else fails.
+    """
     for number in range(_MOST_NUMBERS):
         outside = f"{prefix}-{number}"
         try:
-            os.mkdir(outside, 0o700)
+            os.mkdir(outside, mode)
         except FileExistsError:
             continue
         return outside
