@@ -308,7 +308,7 @@ class ZygoteLauncher:
                 return self._start(protocol, spec).set_up
             return self._start_connected(protocol, spec, spec.uplink.process).set_up
         except OSError as error:
-            return fail(SandboxError("zygote", f"cannot run a builder: {error}"))
+            return fail(_unusable("cannot run a builder", error))
         except SandboxError as error:
             return fail(error)
 
@@ -364,7 +364,7 @@ class ZygoteLauncher:
         try:
             zygote = self._get_zygote()
         except OSError as error:
-            return fail(SandboxError("zygote", f"cannot kill processes: {error}"))
+            return fail(_unusable("cannot kill processes", error))
         except SandboxError as error:
             return fail(error)
         number = next(self._numbers)
@@ -434,6 +434,14 @@ class ZygoteLauncher:
                 done.errback(SandboxError("zygote", _LOST))
         if self._stopping is not None:
             self._stopping.callback(None)
+
+
+def _unusable(problem: str, error: OSError) -> SandboxError:
+    """Return what to say of a PROBLEM with the zygote, and what helps."""
+    help_text = advice("", error.errno or 0, "")
+    return SandboxError(
+        "zygote", f"{problem}: {error.strerror}" + f"; {help_text}" * bool(help_text)
+    )
 
 
 def _kind(spec: SandboxSpec) -> object:

@@ -199,7 +199,8 @@ class LogFile:
             waiter.callback(None)
 
     def _failed(self, failure: Failure) -> None:
-        _log.failure("cannot write the log {path}", failure, path=self.path)
+        if not isinstance(failure.value, OSError):  # who makes the log tells of disks
+            _log.failure("cannot write the log {path}", failure, path=self.path)
         self.problem = _reason(failure.value)
         waiters, self._working = self._working or [], None
         self._writing = self._unflushed = False

@@ -32,7 +32,11 @@ _ADVICE: tuple[tuple[str, Collection[int], str], ...] = (
         "parts of the daemon's own /proc are hidden, as in some containers, so that the kernel"
         " allows no other",
     ),
-    ("bind mounts", (ENOSPC,), "see the kernel's setting 'fs.mount-max'"),
+    (
+        "bind mounts",
+        (ENOSPC,),
+        "`guix gc' helps if the disk is full; else see the kernel's setting 'fs.mount-max'",
+    ),
     ("", (EMFILE, ENFILE), "the daemon needs a larger limit of open files"),
 )
 

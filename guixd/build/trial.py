@@ -346,10 +346,10 @@ class Trial:
             small = not keep and (log is None or log.is_small)
             if not (small and self._remove_small(workspace)):
                 kept = await self._shop.threads(self._clean, workspace, keep)
-        except (GuixdError, OSError):
+        except (GuixdError, OSError) as error:
             if not self._finished:
                 raise
-            _log.failure("cannot clean up after {path}", path=job.path)
+            _log.error("cannot clean up after {path}: {error}", path=job.path, error=error)
             return
         if log is not None and log.problem and self._ends:
             text = f"the log `{log.path}' is not complete: {log.problem}"

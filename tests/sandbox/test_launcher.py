@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from errno import ENOSPC
 from itertools import groupby
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTer
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build.program import beginning, prepare
+from guixd.build.setups import advice
 from guixd.errors import SandboxError
 from guixd.formats.path import StoreDirectory
 from guixd.sandbox import kernel
 from guixd.sandbox.phases import CALLS
 from guixd.sandbox.spec import Base, Bind, File, Ids, SandboxSpec, Uplink, UserNamespace
 from tests.sandbox.place import BUSYBOX, Place, free_uid
-from tests.support import requires_root, requires_user_namespaces
+from tests.support import last_descriptor, requires_root, requires_user_namespaces
 
 
 def children_of(pid: int) -> list[int]:
@@ -309,6 +311,12 @@ class BuildUserTests(_WithLauncher, TestCase):
         with self.assertRaises(SandboxError):
             await self.place.launcher.kill_user(0)
 
+    async def test_no_descriptors(self) -> None:
+        """X25: where nothing can be opened any more, what helps is told."""
+        wanted = "Too many open files; the daemon needs a larger limit"
+        with self.assertRaisesRegex(SandboxError, wanted), last_descriptor(free=False):
+            await self.place.launcher.kill_user(free_uid())
+
     async def test_later_mount(self) -> None:
         """X5: a build sees what has been mounted since the last one."""
         await self.place.run("true")
@@ -469,6 +477,12 @@ class ProgramTests(SynchronousTestCase):
             ["set_ids", "die_with_zygote", "take_tap", "install_filter"],
         )
         self.assertLessEqual({call for _, call, _ in steps}, set(CALLS))
+
+    def test_full_disk(self) -> None:
+        """X25: the kernel says the same of too many mounts and of a full disk."""
+        text = advice("bind mounts", ENOSPC, "")
+        self.assertIn("guix gc", text)
+        self.assertIn("fs.mount-max", text)
 
     def test_texts(self) -> None:
         """X25: store paths become plain text, which any marshalled program is made of."""
