@@ -66,13 +66,15 @@ class Past:
     """What has come out so far, and counts for a new plan.
 
     :ivar given_up: what could not be substituted although it was offered.
-    :ivar begun: the derivations whose build has begun, so that they are not substituted.
+    :ivar begun: the outputs of derivations whose build has begun, with these: they are not
+        downloaded, neither for who wants them nor for what refers to them, even if the build
+        has failed.
     :ivar retried: the derivations with all that they are built from, for whose outputs
         substitutes were looked for once more.
     """
 
     given_up: set[StorePath] = field(default_factory=set)
-    begun: set[StorePath] = field(default_factory=set)
+    begun: dict[StorePath, StorePath] = field(default_factory=dict)
     retried: set[StorePath] = field(default_factory=set)
 
 
@@ -242,7 +244,7 @@ class RequestRun:
                 self._past.retried.add(goal.path)
             self._outdated = True
         else:
-            self._past.begun.add(goal.path)
+            self._past.begun.update(dict.fromkeys(goal.drv.output_paths, goal.path))
             build, attachment = self._builds.attach(goal, self, self._observer, self._share)
             self._active[goal.path] = goal, build, attachment
             attachment.result.addCallback(lambda result: self._ended(goal, result))
@@ -280,7 +282,7 @@ class RequestRun:
                 self._general = self._general or result.text
                 if not self._ends_with_general:
                     self._observer.log(Level.ERROR, result.text)
-                    if goal.path in self._past.begun:  # guix would tell that it goes on
+                    if self._has_begun(goal):  # guix would tell that it goes on
                         self._observer.trace(BuildFailed(goal.path, 1, result.text).line)
             if goal.top or (goal.offer is not None and not self.request.options.keep_going):
                 self._failed.add(goal.path)
@@ -289,6 +291,10 @@ class RequestRun:
             # Without keep-going the first failure is the last: others are not even begun.
             first = not (result.status.succeeded or self.request.options.keep_going)
             (self._events.appendleft if first else self._events.append)((current, result))
+
+    def _has_begun(self, goal: Goal) -> bool:
+        outputs = goal.drv.output_paths if goal.drv is not None else ()
+        return any(self._past.begun.get(output) == goal.path for output in outputs)
 
     def _can_do_without(self, goal: Goal) -> bool:
         """Whether what GOAL downloads may be built instead, or not be needed."""

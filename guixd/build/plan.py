@@ -5,7 +5,7 @@ Only derivations with invalid wanted outputs are entered; their inputs follow.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from twisted.internet.interfaces import IReactorTime
@@ -81,7 +81,7 @@ class Planner:
     :param mode: of what is asked for; what that needs is built as usual.
     :param failures: whether remembered failures count.
     :param available: what can be substituted.
-    :param begun: derivations that are built even so.
+    :param begun: outputs that are not downloaded even so, with the derivations that make them.
     :ivar goals: what is to be built.
     """
 
@@ -95,7 +95,7 @@ class Planner:
         *,
         failures: bool = False,
         available: Available | None = None,
-        begun: Collection[StorePath] = (),
+        begun: Mapping[StorePath, StorePath] | None = None,
     ) -> None:
         self.goals: dict[StorePath, Goal] = {}
         self._clock = clock
@@ -105,7 +105,7 @@ class Planner:
         self._mode = mode
         self._failures = failures
         self._available = available or Available()
-        self._begun = begun
+        self._begun = begun or {}
         self._intact: dict[StorePath, bool] = {}
         self._todo: list[Goal] = []
 
@@ -126,7 +126,7 @@ class Planner:
                 # If nothing can provide it, that is no failure of the request.
                 await self._protection.add(want.path)
                 if not self._store.database.is_valid(want.path):
-                    offered = self._offered([want.path])
+                    offered = await self._offered([want.path])
                     for goal in offered:
                         goal.top = goal.named = True
             await turns.give()
@@ -139,7 +139,7 @@ class Planner:
     ) -> list[Goal]:
         """Return the goals that make OUTPUTS (none named: all) of the derivation PATH valid."""
         substitute = mode is BuildMode.NORMAL and self._available.offers
-        if substitute and path not in self.goals and path not in self._begun:
+        if substitute and path not in self.goals:
             database = self._store.database
             known = self._store.derivation_outputs(path) if database.is_valid(path) else {}
             names = set(outputs or ()) or set(known)
@@ -147,17 +147,19 @@ class Planner:
             missing = [output for output in wanted if not database.is_valid(output)]
             if missing and self._available.offers.keys() >= set(missing):
                 await self._protection.add(path)
-                return self._offered(missing)
+                return await self._offered(missing)
         goal = await self._enter(path, outputs, mode)
         return [] if goal is None else [goal]
 
-    def _offered(self, paths: Iterable[StorePath]) -> list[Goal]:
-        """Return the goals that substitute those of PATHS that are available."""
+    async def _offered(self, paths: Iterable[StorePath]) -> list[Goal]:
+        """Return the goals that substitute those of PATHS that are available, or make them."""
         found = []
         for path in paths:
             goal = self.goals.get(path)
             offer = self._available.offers.get(path)
-            if goal is None and offer is not None:
+            if path in self._begun:
+                goal = await self._enter(self._begun[path], None)
+            elif goal is None and offer is not None:
                 goal = self.goals[path] = Goal(path, None, offer=offer)
                 self._todo.append(goal)
             if goal is not None:
@@ -176,7 +178,7 @@ class Planner:
             return goal
         await self._protection.add(path)
         if not self._store.database.is_valid(path):
-            for offered in self._offered([path]):
+            for offered in await self._offered([path]):
                 offered.unfolds = True
                 return offered
             error = f"cannot build missing derivation `{path}'"
@@ -264,7 +266,7 @@ class Planner:
             for reference in sorted(goal.offer.narinfo.references - {goal.path}):
                 await self._protection.add(reference)
                 if not self._store.database.is_valid(reference):
-                    offered = self._offered([reference])
+                    offered = await self._offered([reference])
                     _wait_for(goal, offered)
                     goal.outdated |= not offered
         if goal.drv is None:
@@ -288,7 +290,7 @@ class Planner:
                 )
         for source in goal.drv.sources:
             if not self._store.database.is_valid(source):
-                offered = self._offered([source])
+                offered = await self._offered([source])
                 _wait_for(goal, offered)
                 if not offered:
                     goal.failed += 1

@@ -246,6 +246,37 @@ class Retry(Case):
         self.successResultOf(building)
         self.assertEqual(self.downloads.names, ["second"])
 
+    def begin(self, tag: str = "", **options: object) -> Deferred[None]:
+        """Ask for FIRST, which is built as its substitute lacks LIBRARY, and for SECOND.
+
+        When LIBRARY is there, SECOND has a substitute that refers to FIRST.
+        """
+        library = self.world.derive(f"library{tag}")
+        first = self.offered(self.world.derive(f"first{tag}"), self.world.output(library))
+        second = self.world.derive(f"second{tag}", inputs=[library])
+        building = self.request(first, self.offered(second, self.world.output(first)), **options)
+        self.launcher[f"library{tag}"].finish()
+        return building
+
+    def test_what_is_being_built(self) -> None:
+        """U17: what a build makes already is waited for, not downloaded for what refers to it."""
+        building = self.begin()
+        self.assertEqual((self.launcher.running, self.downloads.names), (["first"], []))
+        self.launcher["first"].finish()
+        self.assertEqual(self.downloads.running, ["second"])
+        self.downloads["second"].finish()
+        self.successResultOf(building)
+
+    def test_what_could_not_be_built(self) -> None:
+        """B3, U17: what a failed build should have made is not downloaded after all."""
+        for fallback in False, True:
+            building = self.begin(f"{fallback}", keep_going=True, fallback=fallback)
+            self.launcher[f"first{fallback}"].finish(1)
+            if fallback:
+                self.launcher["secondTrue"].finish()
+            self.assertIn(f"-first{fallback}.drv'", self.error(building).text)
+            self.assertEqual(self.downloads.names, [])
+
 
 class MissingDerivation(Case):
     """Derivations that are not there, but can be had."""
