@@ -190,17 +190,21 @@ def _size(name: str, text: str) -> int:
 def _downloads(fields: Iterable[tuple[str, str]]) -> Iterable[Download]:
     """Put together the fields that are repeated in the same order."""
     repeated: dict[str, list[str]] = {"URL": [], "Compression": [], "FileSize": []}
+    behind: dict[int, str] = {}
     for name, value in fields:
         if name in repeated:
             repeated[name].append(value)
+        if name == "FileSize":
+            behind[len(repeated["URL"]) - 1] = value
     urls, compressions, sizes = repeated.values()
     if len(compressions) not in (0, len(urls)):
         raise BadNarinfo("not as many compressions as URLs")
-    # Sizes may be left out; if some are, nobody knows of which.
-    known = len(sizes) == len(urls)
+    # Sizes may be left out; then each is that of the URL which it stands behind.
+    known = dict(enumerate(sizes)) if len(sizes) == len(urls) else behind
     for index, url in enumerate(urls[:MOST_DOWNLOADS]):
+        size = known.get(index, "")
         yield Download(
             url,
             compressions[index] if compressions else "none",
-            _size("FileSize", sizes[index]) if known else None,
+            int(size) if _NUMBER.match(size) else None,
         )

@@ -125,16 +125,24 @@ class Records(SynchronousTestCase):
         self.assertEqual(found.signature, "1;host;c2ln")
 
     def test_places(self) -> None:
-        """U13: URLs and compressions go together in their order, sizes if all are there."""
+        """U13: URLs and compressions go together in their order, sizes too or by their place."""
         found = read(
             SIGNED
             + "URL: a\nURL: b\nCompression: lzip\nCompression: none\nFileSize: 1\nFileSize: 2\n"
         )
         self.assertEqual(found.downloads, (Download("a", "lzip", 1), Download("b", "none", 2)))
         self.assertEqual(found.download_size, 1)
-        found = read(SIGNED + "URL: a\nURL: b\nCompression: lzip\nCompression: none\nFileSize: 1\n")
-        self.assertEqual([d.size for d in found.downloads], [None, None])
-        self.assertEqual(found.download_size, 0)
+        one = "URL: {0}\nCompression: {0}\n"
+        gzip, none, size = one.format("gzip"), one.format("none"), "FileSize: 1\n"
+        for text, sizes in (
+            (gzip + none + size, [None, 1]),
+            (gzip + size + none, [1, None]),
+            (size + gzip + none, [None, None]),
+            (gzip + "FileSize: much\n" + none + size, [None, 1]),
+        ):
+            found = read(SIGNED + text)
+            self.assertEqual([d.size for d in found.downloads], sizes, text)
+            self.assertEqual(found.download_size, int(1 in sizes))
         self.assertEqual(read(SIGNED + "URL: a\n").downloads, (Download("a"),))
         self.refused(SIGNED + "URL: a\nURL: b\nCompression: none\n")
 
