@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -25,6 +25,8 @@ from guixd.formats.narinfocache import CacheEntry
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.formats.servers import is_web
 from guixd.net.cachefiles import CacheFiles
+from guixd.net.codecs import supported
+from guixd.net.places import Source, with_places
 from guixd.net.requests import Answer
 from guixd.net.verdicts import Judge, Verdicts
 
@@ -66,14 +68,6 @@ class Lookups(Protocol):
         self, urls: Sequence[str], answered: Callable[[int, Answer], None]
     ) -> Awaitable[None]:
         """GET all URLS of one server; ANSWERED gets the index of each and its answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A server, and what it says of an item."""
-
-    server: str
-    narinfo: Narinfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +136,14 @@ class Narinfos:
     ) -> dict[StorePath, Offer]:
         """Return what can be had of PATHS from SERVERS, the first ones preferred (§5).
 
-        Servers that do not answer are passed over.
+        Servers that do not answer are passed over.  What no server has in a form that can
+        be used here is not to be had, whoever vouches for it.
 
         :param tell: gets a line for each of those, once.
         """
         offers: dict[StorePath, Offer] = {}
         said: dict[StorePath, list[Source]] = {}
+        vouched: dict[StorePath, list[Narinfo]] = {}
         left = list(dict.fromkeys(paths))
         for server in servers:
             if not left:
@@ -157,7 +153,12 @@ class Narinfos:
             for path, found in answers.items():
                 said.setdefault(path, []).append(Source(server, found))
             for path in await verdicts.all():
-                offers[path] = _offer(answers[path], said[path])
+                vouched.setdefault(path, []).append(answers[path])
+            for path in answers:
+                for authorised in vouched.get(path, ()):
+                    sources = _sources(authorised, said[path])
+                    if sources:
+                        offers.setdefault(path, Offer(authorised, sources))
             left = [path for path in left if path not in offers]
         return offers
 
@@ -166,12 +167,12 @@ class Narinfos:
     ) -> tuple[Source, ...]:
         """Return all places of OFFER, also from those of SERVERS that were not asked for it."""
         path = offer.narinfo.path
-        sources: list[Source] = []
+        said: list[Source] = []
         for server in servers:
             answers = await self._ask(server, [path], tell)
-            if path in answers and answers[path].is_equivalent(offer.narinfo):
-                sources.append(Source(server, answers[path]))
-        return tuple(sources)
+            if path in answers:
+                said.append(Source(server, answers[path]))
+        return _sources(offer.narinfo, said)
 
     # --- asking --------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class Narinfos:
         for path in paths:
             entry = files.get(path.hash_part)
             if entry is not None and entry.expiry > now >= entry.date - TTL_FOUND:
-                known = self._read(entry.value, path)
+                known = self._read(server, entry.value, path)
                 if known is not None or entry.value is None:
                     found[path] = entry, known
         return found
@@ -275,7 +276,7 @@ class Narinfos:
         async def take_long(path: StorePath, answer: Answer) -> None:
             self._waiting += len(answer.body)
             try:
-                found = await self._threads(self._read, answer.body, path)
+                found = await self._threads(self._read, server, answer.body, path)
             finally:
                 self._waiting -= len(answer.body)
             take(path, answer, found)
@@ -288,7 +289,7 @@ class Narinfos:
             if answer.status != 200:
                 take(path, answer, None)
             elif len(answer.body) < _LONG:
-                take(path, answer, self._read(answer.body, path))
+                take(path, answer, self._read(server, answer.body, path))
             elif self._waiting < MOST_WAITING:
                 reading.append(Deferred.fromCoroutine(take_long(path, answer)))
 
@@ -318,15 +319,20 @@ class Narinfos:
         self._settle(server, path, found, now + ttl, len(body or b""))
         return CacheEntry(server, now, ttl, body)
 
-    def _read(self, body: bytes | None, path: StorePath) -> Narinfo | None:
-        """Return the narinfo BODY if it is one and about PATH."""
+    def _read(self, server: str, body: bytes | None, path: StorePath) -> Narinfo | None:
+        """Return the narinfo BODY of SERVER if it is one and about PATH.
+
+        It names no more downloads than those that can be used.
+        """
         if body is None:
             return None
         try:
             found = narinfo.parse(body, self._store)
         except BadNarinfo:
             return None
-        return found if found.path == path else None
+        if found.path != path:
+            return None
+        return with_places(Source(server, found), supported())
 
     def _settle(
         self, server: str, path: StorePath, found: Narinfo | None, expiry: float, size: int
@@ -367,9 +373,13 @@ class Narinfos:
         return ""
 
 
-def _offer(authorised: Narinfo, said: Iterable[Source]) -> Offer:
-    """Let all that says the same as AUTHORISED be its sources."""
-    return Offer(authorised, tuple(s for s in said if s.narinfo.is_equivalent(authorised)))
+def _sources(authorised: Narinfo, said: Sequence[Source]) -> tuple[Source, ...]:
+    """Return who has what AUTHORISED is about, of those who SAID something of it."""
+    return tuple(
+        source
+        for source in said
+        if source.narinfo.downloads and source.narinfo.is_equivalent(authorised)
+    )
 
 
 def _host(server: str) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from guixd.formats.narinfo import Download
+from guixd.formats.narinfo import Download, Narinfo
 from guixd.formats.servers import WEB, file_name
-from guixd.net.narinfos import Source
 from guixd.net.reach import FARTHEST, Reach, reach_of_host
 
 _BY_RATIO = ("lzip", "zstd", "xz", "bzip2", "gzip", "none")
 """What compresses best comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A server, and what it says of an item."""
+
+    server: str
+    narinfo: Narinfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +50,23 @@ def places(source: Source, supported: Collection[str]) -> list[Place]:
 
     :param supported: the compressions that can be undone.
     """
-    found = []
-    for download in sorted(source.narinfo.downloads, key=_cost):
-        if download.compression in supported:
-            place = _place(source.server, download)
-            if place is not None:
-                found.append(place)
-    return found
+    all_ = (_place(source.server, d) for d in _known(source, supported))
+    found = [place for place in all_ if place is not None]
+    if all(place.size is not None for place in found):
+        return sorted(found, key=lambda place: place.size or 0)
+    return sorted(found, key=lambda place: _BY_RATIO.index(place.compression))
 
 
-def _cost(download: Download) -> tuple[bool, int]:
-    if download.size is not None:
-        return False, download.size
-    known = download.compression in _BY_RATIO
-    return True, _BY_RATIO.index(download.compression) if known else len(_BY_RATIO)
+def with_places(source: Source, supported: Collection[str]) -> Narinfo:
+    """Return what SOURCE says, with the downloads that can be undone, if one has a place."""
+    useful = _known(source, supported)
+    if all(_place(source.server, download) is None for download in useful):
+        useful = ()
+    return replace(source.narinfo, downloads=useful)
+
+
+def _known(source: Source, supported: Collection[str]) -> tuple[Download, ...]:
+    return tuple(d for d in source.narinfo.downloads if d.compression in supported)
 
 
 def _place(server: str, download: Download) -> Place | None:

@@ -15,7 +15,8 @@ from guixd.build.results import Result, Status
 from guixd.build.substitution import Attachment
 from guixd.formats.narinfo import Narinfo
 from guixd.formats.path import StorePath
-from guixd.net.narinfos import Offer, Source
+from guixd.net.narinfos import Offer
+from guixd.net.places import Source
 from guixd.sandbox.spec import SandboxSpec
 from guixd.store.items import Registration
 from guixd.store.local import LocalStore

@@ -86,8 +86,13 @@ class NarinfosTests(SynchronousTestCase):
             lambda: 10**9 + self.clock.seconds(),
         )
 
-    def find(self, *paths: StorePath, told: Callable[[str], Any] = str) -> dict[StorePath, Offer]:
-        found = Deferred.fromCoroutine(self.narinfos.find(paths, [SERVER], told))
+    def find(
+        self,
+        *paths: StorePath,
+        servers: Sequence[str] = (SERVER,),
+        told: Callable[[str], Any] = str,
+    ) -> dict[StorePath, Offer]:
+        found = Deferred.fromCoroutine(self.narinfos.find(paths, servers, told))
         return self.successResultOf(found)
 
     def serve(self, letter: str, **fields: Any) -> StorePath:
@@ -214,6 +219,40 @@ class NarinfosTests(SynchronousTestCase):
         self.assertEqual(set(self.successResultOf(found)), set(items[:2]))
         self.narinfos._threads = maybeDeferred  # the rest was not remembered
         self.assertEqual(set(self.find(*items)), set(items))
+
+    def test_no_place(self) -> None:
+        """U13, U18: where nothing can be used is nothing to be had; other servers are asked."""
+        item, other = path("a"), "http://127.0.0.2"
+        good = text(item).decode()
+        more = good.replace("NarSize: 120", "NarSize: 121")
+        forged = good.replace("host;good", "host;forged")
+        for useless in ("", "URL: x\nCompression: rar\n", "URL: ftp://a/x\n", "URL: http://[\n"):
+            vouched = good.replace("URL: nar/x\n", useless)
+            unsigned = vouched.replace("host;good", "host;forged")
+            for first, second, server, size in (
+                (vouched, "", "", 0),
+                (vouched, more, other, 121),
+                (vouched, forged, other, 120),
+                (forged, vouched, SERVER, 120),
+                (unsigned, vouched, "", 0),
+            ):
+                for name, said in ((SERVER, first), (other, second)):
+                    url = f"{name}/{item.hash_part}.narinfo"
+                    self.lookups.known[url] = Answer(200 if said else 404, said.encode(), 0)
+                found = self.find(item, servers=(SERVER, other))
+                got = [
+                    (offer.sources[0].server, offer.narinfo.nar_size) for offer in found.values()
+                ]
+                self.assertEqual(got, [(server, size)] if server else [], (useless, first, second))
+
+    def test_sizes(self) -> None:
+        """U24: what cannot be used does not count for the size of the download."""
+        item = self.serve("a")
+        places = "URL: a\nCompression: rar\nFileSize: 1\nURL: b\nCompression: gzip\nFileSize: 5\n"
+        url = f"{SERVER}/{item.hash_part}.narinfo"
+        body = text(item).replace(b"URL: nar/x\n", places.encode())
+        self.lookups.known[url] = Answer(200, body, None)
+        self.assertEqual(self.find(item)[item].download_size, 5)
 
     def test_another_item(self) -> None:
         """U8: an answer about something else is none, and is not kept in a file."""

@@ -14,8 +14,7 @@ from guixd.formats import narinfo, sexp
 from guixd.formats.path import StoreDirectory
 from guixd.net import judging
 from guixd.net.judging import Judge, is_authorised
-from guixd.net.narinfos import Source
-from guixd.net.places import places
+from guixd.net.places import Source, places
 from guixd.net.reach import Reach
 from guixd.signatures import Acl
 from tests.signatures.keys import configuration
@@ -121,6 +120,9 @@ class PlacesTests(SynchronousTestCase):
         rest = "".join(f"URL: {n}\nCompression: {n}\n" for n in ("none", "gzip", "zstd"))
         order = [compression for _, compression in self.places("http://a", rest)]
         self.assertEqual(order, ["zstd", "gzip", "none"])
+        rest = rest.replace("none\nCompression: none\n", "none\nCompression: none\nFileSize: 9\n")
+        order = [compression for _, compression in self.places("http://a", rest)]
+        self.assertEqual(order, ["zstd", "gzip", "none"])  # as the others may be shorter
 
     def test_urls(self) -> None:
         """U14: relative and absolute ones, with and without a slash behind the server."""

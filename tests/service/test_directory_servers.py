@@ -197,7 +197,9 @@ class HostileDirectory(DirectoryCase):
             self.info.write_bytes(self.narinfo(self.item, NAR, url=url))
             self.files = self.files.rename(self.files.with_name(self.files.name + "x"))
             self.info = self.files / self.info.name
-            await self.refuses("no place")
+            self.assertFalse(await self.take(str(self.files)))
+            self.assertNotIn("@ substituter-started", self.text())
+            self.assertNothing(self.item)
 
     async def test_bombs(self) -> None:
         """U30: an archive that never ends, and one that is longer than was signed."""

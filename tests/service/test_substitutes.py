@@ -516,9 +516,10 @@ class Trouble(SubstituteCase):
         secret = Path(self.directory, "secret")
         secret.write_bytes(nar_of_file(b"content"))
         path = self.offer("item", url=f"file://{secret}")
-        text = await self.fails_to(path)
-        self.assertNotIn(" from file", text)
-        self.assertIn("no place", text)
+        client = await self.client()
+        self.assertFalse(await client.has_substitutes(path))
+        text = await self.fails(client.ensure_path(path))
+        self.assertIn("no substitute", text)
         self.assertNothing(path)
 
 
