@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST_TEXT = 1000
+"""Most characters of what a server may have said."""
+
 
 class GuixdError(Exception):
     """Something went wrong that the user should read about.
@@ -183,6 +186,8 @@ class BuildError(GuixdError):
 class FetchError(GuixdError):
     """A server, or the way to it, did not give what was asked for.
 
+    The text may have words of the server's, so nothing of it acts on a terminal.
+
     :ivar kind: `connect`, `dns`, `tls`, `proxy`, `http` (an answer that is no success),
         `redirect`, `body` (cut short or garbled), `timeout`, `limit` (too long), `url`
         (refused before any connection), `address` (nearer than it may be), `credentials`
@@ -194,7 +199,8 @@ class FetchError(GuixdError):
     reason = "fetch"
 
     def __init__(self, kind: str, text: str, http_status: int = 0) -> None:
-        super().__init__(text)
+        shown = text[:_LONGEST_TEXT]
+        super().__init__("".join(each if each.isprintable() else "?" for each in shown))
         self.kind = kind
         self.http_status = http_status
 

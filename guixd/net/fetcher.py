@@ -19,7 +19,8 @@ Answers:
 
 from __future__ import annotations
 
-import encodings.idna  # noqa: F401  All that will be needed must be loaded before.
+import encodings.idna  # All that will be needed must be loaded before.
+import encodings.punycode  # noqa: F401
 import os
 import re
 import signal

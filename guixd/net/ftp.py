@@ -201,7 +201,7 @@ async def _connect(reactor: Any, host: str, port: int, protocol: Any, timeout: f
 
 def _checked(reply: tuple[int, str], *good: int) -> tuple[int, str]:
     if good and reply[0] not in good:
-        raise FetchError("http", f"the FTP server answers {reply[0]} {reply[1][:200]}", reply[0])
+        raise FetchError("http", f"the FTP server answers {reply[0]} {reply[1]}", reply[0])
     return reply
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,8 +29,10 @@ from guixd.net.sinks import Sink
 REDIRECTS = (301, 302, 303, 307, 308)
 PROGRESS = 0.2
 """Seconds between reports."""
+_NO_SUCH_PART = 416
 _RESUMABLE = ("body", "timeout")
 """Kinds of errors after which a body may go on."""
+_LONGEST_TAG = 1024
 _SHORT = 64 << 10
 """Bytes of an unwanted body that are quicker taken than a new connection is opened."""
 
@@ -107,6 +110,7 @@ class Body(Exchange):
 
     def abort(self) -> None:
         self._stop()
+        self.complete.addErrback(lambda _: None)  # Nobody waits for it any more.
         super().abort()
 
     def _stop(self) -> None:
@@ -196,7 +200,7 @@ class Transfer:
         body, answer, url = await self._answer()
         head = self._head(answer, url)
         self._began(head)
-        while (broken := await self._flow(body)) is not None:
+        while (broken := await self._flow(head, body)) is not None:
             body = await self._go_on(head, broken)
         self._all_came = True
         if not self._is_idle:
@@ -208,7 +212,7 @@ class Transfer:
         await flushed
         return Fetched(head, self._received, self._written)
 
-    async def _flow(self, body: Body) -> FetchError | None:
+    async def _flow(self, head: Head, body: Body) -> FetchError | None:
         """Take BODY in; return why it broke off, `None` if it did not.
 
         :raises FetchError: going on would not help.
@@ -220,6 +224,8 @@ class Transfer:
             if self._over or error.kind not in _RESUMABLE or not self._received:
                 raise
             return error
+        if head.size is not None and head.offset + self._received < head.size:
+            return FetchError("body", "the server sends less than was asked for")
         return None
 
     async def _go_on(self, head: Head, broken: FetchError) -> Body:
@@ -236,6 +242,8 @@ class Transfer:
             try:
                 body, answer, url = await self._answer()
             except FetchError as error:
+                if error.http_status == _NO_SUCH_PART:
+                    break
                 if error.kind not in _RESUMABLE:
                     raise
                 continue
@@ -438,7 +446,7 @@ class Transfer:
                 size = int(words[3])
         tag = answer.get("etag")
         validator = tag if tag.startswith('"') else answer.get("last-modified")
-        return Head(url, size, offset, validator[:1024])
+        return Head(url, size, offset, validator if len(validator) <= _LONGEST_TAG else "")
 
 
 async def _dismiss(body: Body, answer: ResponseHead) -> None:
@@ -450,7 +458,6 @@ async def _dismiss(body: Body, answer: ResponseHead) -> None:
         except FetchError:
             pass
     else:
-        body.complete.addErrback(lambda failure: None)
         body.abort()
 
 
@@ -472,7 +479,11 @@ def split_url(url: str, schemes: Any) -> SplitResult:
 
 
 def joined(base: str, location: str) -> str:
-    """Return the URL that LOCATION, seen from BASE, is; empty if it is none."""
+    """Return the URL that LOCATION, seen from BASE, is; empty if it is none.
+
+    Some servers write the bytes of file names as they are.
+    """
+    location = re.sub("[ \x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", location)
     try:
         return urljoin(base, location)
     except ValueError:

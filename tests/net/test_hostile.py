@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import signal
@@ -10,12 +11,20 @@ from pathlib import Path
 
 from backports import zstd
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import FetchError
 from guixd.net import client, spawning
-from guixd.net.http1 import LONGEST_HEAD, BadResponse, ResponseHead, ResponseReader
+from guixd.net.http1 import (
+    LONGEST_HEAD,
+    BadResponse,
+    ResponseHead,
+    ResponseReader,
+    parse_head,
+)
 from guixd.net.requests import Answer, Request
+from guixd.net.transfers import Body
 from tests.net.servers import Asked, FetcherCase, Server, always, answer
 from tests.support import temporary_directory
 
@@ -102,6 +111,22 @@ class HostileTest(FetcherCase):
             pid = pid or self.fetcher.pid
         self.assertEqual(self.fetcher.pid, pid)
 
+    async def test_words_for_terminals(self) -> None:
+        """W24: what a server says does nothing to who reads the log."""
+        status = "404 \033[31mNo\x9b\b" + "x" * 5000
+        text = (await self.refused(Server(self, always(answer(status=status))).url())).text
+        self.assertTrue(text.isprintable())
+        self.assertLess(len(text), 2000)
+
+    def test_what_comes_too_late(self) -> None:
+        """W8: who does not want a body is not told how it ends (an error in a log)."""
+        body = Body(Clock(), b"", 1.0)
+        body.head(parse_head(b"HTTP/1.1 404 No"))
+        body.abort()
+        body.failed(FetchError("body", "broken"))
+        del body
+        gc.collect()
+
     async def test_resets(self) -> None:
         """W8"""
 
@@ -126,8 +151,9 @@ class HostileTest(FetcherCase):
                 "/file": "file:///etc/passwd",
                 "/gopher": "gopher://x/",
                 "/broken": "http://[",
+                "/plain": "a ü",
             }.get(path)
-            if path == "/good":
+            if path in ("/good", "/a%20%C3%BC"):
                 connection.send(answer(b"good"))
             elif target is None:
                 connection.send(answer(status="302 Found"))
@@ -139,6 +165,7 @@ class HostileTest(FetcherCase):
             body, fetched = await self.fetch(server.url(path))
             self.assertEqual(body, b"good")
             self.assertTrue(fetched.head.url.endswith("/good"))
+        self.assertEqual((await self.fetch(server.url("/plain")))[0], b"good")
         for path in ("/loop", "/file", "/gopher", "/nowhere", "/broken"):
             self.assertEqual((await self.refused(server.url(path))).kind, "redirect", path)
         self.assertLess(len(server.requests), 32)

@@ -191,6 +191,13 @@ class WaysTest(FetcherCase):
                 self.assertNotIn("wrong@", error.text)
         self.assertEqual(len(server.requests), 2)
 
+    async def test_names_that_are_not_ascii(self) -> None:
+        """W2, W12"""
+        proxy = Server(self, always(answer(b"hello")))
+        fetcher = self.through(f"http://127.0.0.1:{proxy.number}")
+        await self.fetch("http://bücher.example/", fetcher=fetcher)
+        self.assertIn("GET http://xn--bcher-kva.example/ HTTP", proxy.requests[0])
+
     async def test_proxies_that_are_not_there(self) -> None:
         """W12"""
         port = unused_port()

@@ -90,6 +90,33 @@ class EndsTest(FetcherCase):
 
             self.assertIn(text, await self.broken(script, 2))
 
+    async def test_nothing_more_there(self) -> None:
+        """W8: the server has no such part, so what came is wrong, and all is fetched anew."""
+        first = in_pieces(CONTENT, 1000, Asked.close, **TAG)
+        none = answer(status="416 No")
+
+        def script(connection: Asked, request: str) -> None:
+            connection.send(none) if "Range:" in request else first(connection, request)
+
+        self.assertIn("closed before", await self.broken(script, 2))
+
+    async def test_less_than_promised(self) -> None:
+        """W8: a part that is complete, but ends before the file does."""
+
+        def script(connection: Asked, request: str) -> None:
+            begin = int(request.partition("bytes=")[2].partition("-")[0] or 0)
+            part = CONTENT[begin : begin + 200_000]
+            where = {"Content_Range": f"bytes {begin}-{begin + len(part) - 1}/{len(CONTENT)}"}
+            if begin:
+                connection.send(answer(part, "206 Partial Content", **where, **TAG))
+            else:
+                connection.send(answer(part, length=len(CONTENT), **TAG))
+                connection.close()
+
+        server = Server(self, script)
+        self.assertEqual((await self.fetch(server.url(), resumptions=5))[0], CONTENT)
+        self.assertEqual((await self.refused(server.url(), resumptions=1)).kind, "body")
+
     async def test_not_for_ever(self) -> None:
         """U11: a few times at most, and never if nothing has come."""
         await self.broken(in_pieces(CONTENT, 1000, Asked.close, **TAG), 6)
