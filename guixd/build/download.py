@@ -20,6 +20,7 @@ from guixd.build.downloadinputs import (
     read_inputs,
     resolve,
     strings,
+    without_password,
 )
 from guixd.build.downloadtools import DownloadTools
 from guixd.build.draft import Draft
@@ -257,10 +258,3 @@ class Download:
     def _trace(self, trace: DownloadStarted | DownloadProgress) -> None:
         write = self._report if isinstance(trace, DownloadProgress) else self._say
         write(trace.line + "\n")
-
-
-def without_password(url: str) -> str:
-    """Return URL without any user information."""
-    scheme, _, rest = url.partition("://")
-    netloc, slash, path = rest.partition("/")
-    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"

@@ -118,6 +118,13 @@ def masked(url: str) -> str:
     return urlunsplit((parts.scheme, netloc, parts.path, parts.query, parts.fragment))
 
 
+def without_password(url: str) -> str:
+    """Return URL without any user information."""
+    scheme, _, rest = url.partition("://")
+    netloc, slash, path = rest.partition("/")
+    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
+
+
 def expand(url: str, mirrors: Datum) -> Sequence[str]:
     """Return the URLs that URL of the form `mirror://KIND/PATH` stands for.
 

@@ -111,7 +111,10 @@ class Git:
 
     def _run(self, arguments: Sequence[str], **more: Any) -> subprocess.CompletedProcess[bytes]:
         command = [self._program, *arguments]
-        return subprocess.run(command, check=True, cwd=self.tree, env=self._environment, **more)
+        done = subprocess.run(command, check=False, cwd=self.tree, env=self._environment, **more)
+        if done.returncode:  # URLs among the arguments may have passwords.
+            raise subprocess.CalledProcessError(done.returncode, f"git {arguments[0]}")
+        return done
 
 
 def _check_out(git: Git, order: Mapping[str, Any]) -> None:

@@ -23,10 +23,13 @@ from guixd.build.job import Job
 from guixd.build.results import BuildFailure, Status
 from guixd.build.users import BuildUser
 from guixd.formats.derivation import Derivation
+from guixd.net.proxies import Proxies
 from guixd.sandbox import kernel
 from guixd.sandbox.spec import Ids, SandboxSpec
 
-_BOOT = """import json, sys, types
+_ORDER = "GUIXD_ORDER"
+"""The variable with what is to be done: unlike arguments, only who runs it can read it."""
+_BOOT = f"""import json, os, sys, types
 for name in "guixd", "guixd.sandbox", "guixd.build":
     sys.modules[name] = types.ModuleType(name)
 for name, text in json.loads(sys.argv[1]):
@@ -34,12 +37,11 @@ for name, text in json.loads(sys.argv[1]):
     package, _, own = name.rpartition(".")
     setattr(sys.modules[package], own, module)
     exec(text, module.__dict__)
-module.main(sys.argv[2])
+module.main(os.environ.pop("{_ORDER}"))
 """
 PLACES = "/run/current-system/profile/bin:/bin:/usr/bin"
 """Where Git is looked for besides the daemon's PATH."""
 _SCHEMES = ("http", "https", "git")
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY")
 _PERSONALITY = 0x0040000
 
 
@@ -120,7 +122,12 @@ def _order(
 ) -> dict[str, object]:
     """Return what programs in boxes are told."""
     git = shutil.which("git", path=f"{environ.get('PATH', '')}:{PLACES}") or ""
-    variables = {name: environ[name] for name in _PROXIES if name in environ}
+    proxies = Proxies.from_environment(environ)
+    variables = {
+        "http_proxy": proxies.http,
+        "https_proxy": proxies.https,
+        "no_proxy": ",".join(proxies.exceptions),
+    }
     variables["PATH"] = f"{os.path.dirname(git)}:/usr/bin:/bin"
     if urlsplit(commit.url).username is None:
         variables["GIT_SSL_NO_VERIFY"] = "true"  # The tree is known by its hash.
@@ -145,11 +152,8 @@ def in_box(
     modules = [(module.__name__, inspect.getsource(module)) for module in (kernel, *programs)]
     return SandboxSpec(
         program=sys.executable,
-        arguments=(
-            *("python3", "-I", "-X", "utf8", "-c", _BOOT),
-            *(json.dumps(modules), json.dumps(order)),
-        ),
-        environment=(("PATH", "/usr/bin:/bin"),),
+        arguments=(*("python3", "-I", "-X", "utf8", "-c", _BOOT, json.dumps(modules)),),
+        environment=(("PATH", "/usr/bin:/bin"), (_ORDER, json.dumps(order))),
         directory=directory,
         store="",
         ids=None if user is None else Ids(user.uid, user.gid, user.groups),

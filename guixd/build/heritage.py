@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from twisted.internet.task import deferLater
 
+from guixd.build.downloadinputs import without_password
 from guixd.build.downloadtools import DownloadTools
 from guixd.errors import FetchError
 from guixd.formats.derivation import Output
@@ -150,7 +151,7 @@ class Heritage:
 
     async def _revision(self, url: str, tag: str) -> str:
         """Return the commit that TAG of the repository URL was when it was visited last."""
-        place = quote(url, safe=":/")
+        place = quote(without_password(url), safe=":/")
         visit = await self._ask(f"{HOST}/api/1/origin/{place}/visit/latest/?require_snapshot=true")
         snapshot = _id(visit.get("snapshot"))
         if not snapshot:

@@ -179,6 +179,8 @@ class GitTest(GitCase):
               echo "canary: $(cat {canary} {self.store.path}/* 2>&1)"
               echo "root: $(echo /*)" "home: $HOME" "secret: $SECRET"
               echo "processes: $(echo /proc/[0-9]*)"
+              echo "proxy: $http_proxy $https_proxy $no_proxy"
+              echo "arguments: $(tr '\\0\\n' '  ' </proc/1/cmdline)"
               touch /usr/x /etc/x /x && echo writes
               kill -0 {os.getpid()} && echo signals
             fi
@@ -187,7 +189,8 @@ class GitTest(GitCase):
         )
         program.chmod(0o755)
         drv, _ = await self.derive_git(await self.client(), b"x", commit="v1")
-        self.patch(os, "environ", {**os.environ, "PATH": str(program.parent), "SECRET": "x"})
+        secrets = {"SECRET": "x", "HTTP_PROXY": "http://me:hidden@p", "ALL_PROXY": "q:1"}
+        self.patch(os, "environ", {**os.environ, "PATH": str(program.parent), **secrets})
         self.daemon = await self.again()
         status, text = await self.failure(await self.client(), drv)
         self.assertEqual(status, 1)
@@ -198,6 +201,10 @@ class GitTest(GitCase):
         self.assertLess(set(shown), {f"/{name}" for name in usual.split(" ")})
         self.assertIn("home: /checkout/home secret: \n", text)
         self.assertEqual(len(text.partition("processes: ")[2].splitlines()[0].split()), 3)
+        self.assertIn("proxy: http://me:hidden@p q:1 \n", text)
+        arguments = text.partition("arguments: ")[2].splitlines()[0]
+        self.assertIn("python3", arguments)
+        self.assertNotIn("hidden", arguments)  # Anybody can see those.
         self.assertNotIn("writes", text)
         self.assertNotIn("signals", text)
 

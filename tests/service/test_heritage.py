@@ -129,6 +129,8 @@ class ArchiveTests(FetcherCase):
         branch = {"target": COMMIT, "target_type": "revision"}
         answers[f"GET /api/1/snapshot/{SNAPSHOT}/?{tag}"] = {"branches": {"refs/tags/v1": branch}}
         self.assertEqual(await self.find("v1"), TOP)
+        private = "https://me:secret@example.org/a b.git"  # The archive learns no password.
+        self.assertEqual(await self.find("v1", private), TOP)
         branch.update(target=RELEASE, target_type="release")
         answers[f"GET /api/1/release/{RELEASE}/"] = {"target": COMMIT, "target_type": "revision"}
         self.assertEqual(await self.find("v1"), TOP)
