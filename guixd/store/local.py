@@ -31,7 +31,7 @@ from guixd.store.durability import Durability
 from guixd.store.items import Registration
 from guixd.store.links import Links
 from guixd.store.liveness import DeadItem
-from guixd.store.locks import FileLock, PathLocks
+from guixd.store.locks import FileLock, PathLocks, check_lockable
 from guixd.store.placing import move, write_item
 from guixd.store.queries import Queries
 from guixd.store.roots import Collecting, TempRoots
@@ -389,7 +389,9 @@ class LocalStore:
         """Keep everybody else from making PATH, until `_admit`, which must follow soon.
 
         :raises Busy: somebody is doing that.
+        :raises StoreError: the name is too long.
         """
+        check_lockable(path)
         if PathLocks.is_held(path):
             raise Busy(f"'{path}' is being made")
         self._alone = self._big_lock.try_alone()

@@ -18,11 +18,13 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
-from errno import EACCES, EAGAIN, EINTR
+from errno import EACCES, EAGAIN, EINTR, ENAMETOOLONG
 
 from guixd.errors import StoreError
 from guixd.faults import reached
 
+_SUFFIX = ".lock"
+_LONGEST_NAME = 255
 _STALE = b"d"
 # Linux numbers them alike everywhere; `fcntl` names them in CPython 3.9 and later.
 _GETLK, _SETLK, _SETLKW = fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW
@@ -95,6 +97,15 @@ def open_lock_file(path: str) -> int:
     return fd
 
 
+def check_lockable(path: str) -> None:
+    """Test whether a lock file can be made for PATH, even if none is needed at the moment.
+
+    :raises StoreError: its name is too long; no daemon could make the item at another time.
+    """
+    if len(os.fsencode(os.path.basename(path + _SUFFIX))) > _LONGEST_NAME:
+        raise StoreError(f"cannot make '{path}': {os.strerror(ENAMETOOLONG)}")
+
+
 class FileLock:
     """A lock file that stays: the big lock, the collector's lock, a build user's lock.
 
@@ -162,7 +173,7 @@ class PathLocks:
         :return: `None` if somebody in this or another process has one of them.
         :raises StoreError: a lock file cannot be made.
         """
-        names = sorted({path + ".lock" for path in paths}, key=os.fsencode)
+        names = sorted({path + _SUFFIX for path in paths}, key=os.fsencode)
         if not cls._held.isdisjoint(names):
             return None
         cls._held.update(names)
@@ -186,7 +197,7 @@ class PathLocks:
     @classmethod
     def is_held(cls, path: str) -> bool:
         """Whether this process has the lock of PATH."""
-        return path + ".lock" in cls._held
+        return path + _SUFFIX in cls._held
 
     def release(self, delete: bool) -> None:
         """Give the locks up; nothing happens the second time.

@@ -298,7 +298,8 @@ class TextTests(Case):
             self.assertRaises(BadName, self.add, name, b"")
         self.assertTrue(self.add("", b"").endswith("-"))
         self.assert_item(self.add("x" * 217, b""), b"")
-        self.assertRaises(StoreError, self.add, "x" * 223, b"")
+        self.assertRaises(StoreError, self.add, "x" * 218, b"")
+        self.assertRaises(StoreError, self.add, "x" * 300, b"")
         self.assertEqual(self.leftovers(), [])
 
     def test_longest_name_with_lock(self) -> None:
