@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from guixd.formats import operations as op
 from guixd.formats.path import StorePath
 from guixd.service.session import Handlers, Session
+from guixd.store.roots import canonical
 
 if TYPE_CHECKING:
     from guixd.net.narinfos import Offer
@@ -33,7 +34,9 @@ async def substitutable(
 async def substitutable_info(
     session: Session, request: op.QuerySubstitutablePathInfo
 ) -> op.SubstitutableInfo | None:
-    path = session.store.directory.parse(request.path)
+    if not session.build_options().may_substitute:
+        return None
+    path = session.store.directory.parse(canonical(request.path))
     offer = (await _find(session, [path])).get(path)
     if offer is None:
         return None

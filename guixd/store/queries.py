@@ -182,11 +182,11 @@ class Queries:
         return {name: StorePath(path) for name, path in rows}
 
     def path_from_hash_part(self, part: str) -> StorePath | None:
-        """Return the valid item whose base name begins with PART, of 32 characters.
+        """Return the valid item whose base name begins with PART, of 32 bytes.
 
         :raises BadHash: PART has another length.
         """
-        if len(part) != HASH_LENGTH:
+        if len(part.encode("utf-8", "surrogateescape")) != HASH_LENGTH:
             raise BadHash(f"'{part}' is not the hash part of a store path")
         prefix = f"{self.store.path}/{part}"
         if not storable(prefix):

@@ -63,12 +63,14 @@ class QueryTests(DaemonCase):
             self.assertIn("is not in the store", error.text)
 
     async def test_hash_part(self) -> None:
-        """P10: 32 characters, or an error that leaves the connection."""
+        """P10: 32 bytes, or an error that leaves the connection."""
         client = await self.client()
         path = await client.add_text("x", b"y")
         self.assertEqual(await client.path_from_hash_part(path.hash_part), path)
         self.assertIsNone(await client.path_from_hash_part("z" * 32))
-        self.assertIn("hash part", await self.fails(client.path_from_hash_part("0" * 31)))
+        self.assertIsNone(await client.path_from_hash_part("\u00e9" * 16))
+        for wrong in "0" * 31, "\u00e9" * 32:
+            self.assertIn("hash part", await self.fails(client.path_from_hash_part(wrong)))
         self.assertEqual(await client.path_from_hash_part(path.hash_part), path)
 
     async def test_nothing_to_substitute(self) -> None:

@@ -70,6 +70,9 @@ class GoodServer(SubstituteCase):
         info = await client.substitutable_path_info(top)
         assert info is not None
         self.assertEqual(info.references, (low,))
+        self.assertEqual(await client.substitutable_path_info(f"{top[1:]}/."), info)
+        text = await self.fails(client.substitutable_path_info("x"))
+        self.assertIn("'/x' is not in the store", text)
         infos = await client.substitutable_path_infos([top, none, low])
         self.assertEqual([each.path for each in infos], sorted([low, top]))
         self.assertEqual(
@@ -78,6 +81,7 @@ class GoodServer(SubstituteCase):
         self.assertEqual(self.asked(".narinfo"), 3)  # nothing is asked twice
         await client.set_options(set_options(use_substitutes=False))
         self.assertEqual(await client.substitutable_paths([top]), ())
+        self.assertIsNone(await client.substitutable_path_info("x"))
         self.assertFalse(await client.has_substitutes(top))
 
     async def test_ensure(self) -> None:
