@@ -143,13 +143,14 @@ def open_tcp(host: str, port: int) -> list[BoundSocket]:
     """
     try:
         found = socket.getaddrinfo(
-            host,
+            os.fsencode(host),  # as it is; Python would have other rules for names
             port,
             type=socket.SOCK_STREAM,
             flags=socket.AI_ADDRCONFIG if not _is_ipv6(host) else 0,
         )
-    except (socket.gaierror, UnicodeError) as error:
-        raise ListenError(f"failed to look up '{host}': {error}") from None
+    except socket.gaierror as error:
+        hint = " (the file name of a socket begins with '/')" if "/" in host else ""
+        raise ListenError(f"failed to look up '{host}': {error.strerror}{hint}") from None
     sockets: list[BoundSocket] = []
     unusable = ""
     for family, kind, protocol, _, address in dict.fromkeys(found):

@@ -154,6 +154,10 @@ class TCPTests(SynchronousTestCase):
     def test_unknown(self) -> None:
         error = self.assertRaises(ListenError, open_endpoint, "no.such.host.invalid:1")
         self.assertIn("failed to look up", error.text)
+        error = self.assertRaises(ListenError, open_endpoint, "./socket")
+        self.assertIn("failed to look up './socket'", error.text)
+        self.assertIn("begins with '/'", error.text)
+        self.assertNotIn("idna", error.text)
 
 
 class ActivationTests(SynchronousTestCase):
