@@ -47,7 +47,7 @@ def read_integer(name: str, text: str, *, bits: int, signed: bool) -> int:
     return number if signed else number % limit
 
 
-def _unsigned(name: str, text: str) -> int:
+def read_unsigned(name: str, text: str) -> int:
     return read_integer(name, text, bits=32, signed=False)
 
 
@@ -69,8 +69,8 @@ def _boolean(name: str, text: str) -> bool:
 
 _TYPES: dict[str, Callable[[str, str], int | bool]] = {
     "build-fallback": _boolean,
-    "build-max-jobs": _unsigned,
-    "build-cores": _unsigned,
+    "build-max-jobs": read_unsigned,
+    "build-cores": read_unsigned,
     "multiplexed-build-output": _boolean,
     "build-max-silent-time": _seconds,
     "build-timeout": _seconds,
@@ -84,7 +84,7 @@ _TYPES: dict[str, Callable[[str, str], int | bool]] = {
     "build-keep-log": _boolean,
     "build-max-log-size": _size,
     "build-cache-failure": _boolean,
-    "build-poll-interval": _unsigned,
+    "build-poll-interval": read_unsigned,
     "gc-check-reachability": _boolean,
     "gc-keep-outputs": _boolean,
     "gc-keep-derivations": _boolean,

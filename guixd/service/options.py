@@ -13,6 +13,7 @@ from twisted.python import usage
 
 from guixd import __version__
 from guixd.errors import BadSetting
+from guixd.service.clientoptions import read_integer, read_unsigned
 from guixd.service.commandline import Option, UsageError, Value, help_lines, parse, usage_lines
 from guixd.settings import BuildLimits, Directories, Settings, UidRange
 
@@ -122,7 +123,7 @@ def parse_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Sett
     :raises UsageError: the command line is wrong (status 64).
     :raises BadSetting: a value is wrong (status 1).
     """
-    chosen: dict[str, Any] = {}
+    given: list[tuple[str, str]] = []
     for name, value in parse(OPTIONS, arguments):
         if name == "help":
             raise Information(help_text())
@@ -130,7 +131,10 @@ def parse_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Sett
             raise Information("\n".join(usage_lines(PROGRAM, OPTIONS)))
         if name == "version":
             raise Information(version_text())
-        _EFFECTS[name](chosen, value or "")
+        given.append((name, "yes" if value is None else value))
+    chosen: dict[str, Any] = {}
+    for name, text in given:  # not before: who asks for help gets it, whatever else is wrong
+        _EFFECTS[name](chosen, text)
     if chosen.get("build_uids") is not None and chosen.get("build_users_group") is not None:
         raise BadSetting("--build-uids and --build-users-group cannot be used together")
     return Settings(
@@ -168,19 +172,14 @@ def _directory(environ: Mapping[str, str], names: Sequence[str], default: str) -
 
 
 def _number(name: str, text: str) -> int:
-    try:
-        if not text.isascii():
-            raise ValueError
-        number = int(text)
-    except ValueError:
-        raise BadSetting(f"option '--{name}' should have an integer value") from None
+    number = read_integer(name, text, bits=64, signed=True)
     if number < 0:
         raise BadSetting(f"option '--{name}' must not be negative")
     return number
 
 
 def _boolean(name: str, text: str) -> bool:
-    known = {"": True, "yes": True, "no": False}
+    known = {"yes": True, "no": False}
     try:
         return known[text.lower()]
     except KeyError:
@@ -198,8 +197,8 @@ def _text(field: str) -> _Effect:
     return lambda chosen, text: chosen.update({field: text})
 
 
-def _integer(name: str, field: str) -> _Effect:
-    return lambda chosen, text: chosen.update({field: _number(name, text)})
+def _integer(name: str, field: str, read: Callable[[str, str], int] = _number) -> _Effect:
+    return lambda chosen, text: chosen.update({field: read(name, text)})
 
 
 def _yes_or_no(name: str, field: str) -> _Effect:
@@ -273,8 +272,8 @@ def _build_uids(chosen: dict[str, Any], text: str) -> None:
 
 _EFFECTS: dict[str, _Effect] = {
     "system": _text("system"),
-    "cores": _integer("cores", "cores"),
-    "max-jobs": _integer("max-jobs", "max_jobs"),
+    "cores": _integer("cores", "cores", read_unsigned),
+    "max-jobs": _integer("max-jobs", "max_jobs", read_unsigned),
     "timeout": _integer("timeout", "timeout"),
     "max-silent-time": _integer("max-silent-time", "max_silent_time"),
     "rounds": _rounds,
@@ -324,7 +323,10 @@ def settings_or_exit(arguments: Sequence[str], environ: Mapping[str, str]) -> Se
     try:
         return parse_settings(arguments, environ)
     except Information as text:
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # who reads has seen enough; nor is there to be more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
         raise SystemExit(0) from None
     except UsageError as error:
         print(f"{PROGRAM}: {error}\nTry '{PROGRAM} --help'.", file=sys.stderr)

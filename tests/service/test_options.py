@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import BadSetting
-from guixd.service.commandline import UsageError
+from guixd.service.commandline import UsageError, Value, describe
 from guixd.service.options import (
     DEFAULT_BUILD_GID,
     OPTIONS,
@@ -28,6 +29,7 @@ from guixd.service.options import (
     version_text,
 )
 from guixd.settings import DEFAULT_SUBSTITUTE_URLS, Directories, Settings, UidRange
+from tests.service.program import CHECKOUT
 
 
 def parsed(*arguments: str, environ: Mapping[str, str] | None = None) -> Settings:
@@ -73,9 +75,19 @@ class CommandLineTests(SynchronousTestCase):
         """O1: a bad boolean, integer or compression ends with status 1."""
         for wrong, text in (
             ("--discover=maybe", "invalid Boolean value"),
+            ("--discover=", "invalid Boolean value"),
+            ("--gc-keep-outputs=", "invalid Boolean value"),
+            ("--gc-keep-derivations=", "invalid Boolean value"),
             ("--cores=many", "should have an integer value"),
-            ("--max-jobs=-1", "must not be negative"),
+            ("--cores=1_0", "should have an integer value"),
+            ("--cores=1 ", "should have an integer value"),
+            ("--max-jobs=4294967296", "should have an integer value"),
             ("--timeout=", "should have an integer value"),
+            ("--timeout=9223372036854775808", "should have an integer value"),
+            ("--timeout=-1", "must not be negative"),
+            ("--max-silent-time=-1", "must not be negative"),
+            ("--idle-timeout=-1", "must not be negative"),
+            ("--rounds=1_0", "invalid number of rounds"),
             ("--rounds=x", "invalid number of rounds"),
             ("--log-compression=zip", "unknown log compression"),
             ("--chroot-directory=relative", "not an absolute path"),
@@ -178,6 +190,17 @@ class CommandLineTests(SynchronousTestCase):
         self.assertEqual(parsed("-c1", "--cores=42").cores, 42)
         self.assertFalse(parsed("--discover", "--discover=no").discover)
 
+    def test_numbers(self) -> None:
+        """O15, O22: as the stock daemon reads them; -1 stands for the largest."""
+        self.assertEqual(parsed("--cores= 5", "--max-jobs=+6").max_jobs, 6)
+        self.assertEqual(parsed("-c-1", "-M", "-1").max_jobs, 2**32 - 1)
+        self.assertEqual(parsed("--timeout=4294967296").timeout, 2**32)
+
+    def test_help_before_all(self) -> None:
+        """O1: who asks for help gets it, whatever else is wrong."""
+        for wrong in (["--cores=x", "--help"], ["--help", "--nosuch"]):
+            self.assertEqual(self.exits(*wrong), (0, help_text() + "\n", ""))
+
     def test_no_rounds(self) -> None:
         """O24: 0 rounds are 1."""
         self.assertEqual(parsed("--rounds=0").rounds, 1)
@@ -204,6 +227,38 @@ class CommandLineTests(SynchronousTestCase):
             self.assertIsInstance(parse_settings(words, {}), Settings)
         except (Information, UsageError, BadSetting):
             pass
+
+
+class DocumentTests(SynchronousTestCase):
+    """O1: doc/options.rst, `--help` and what is parsed agree."""
+
+    def setUp(self) -> None:
+        text = (CHECKOUT / "doc/options.rst").read_text()
+        rows = re.findall(r"^(``-.*``,?)(?:  +(.*?)(?:  .*)?)?$", text, re.MULTILINE)
+        self.defaults = {
+            name: default for names, default in rows for name in re.findall("``(--[^`]*)``", names)
+        }
+
+    def test_names(self) -> None:
+        """Every option is in both, with the same value; old names are told of."""
+        shown = [describe(option) for option in OPTIONS if option.help]
+        self.assertEqual(sorted(self.defaults), sorted(shown))
+        text = (CHECKOUT / "doc/options.rst").read_text()
+        for option in OPTIONS:
+            self.assertIn(f"``--{option.name}", text)
+
+    def test_defaults(self) -> None:
+        """To ask for a documented default changes nothing, and a flag changes something."""
+        tried = set()
+        for option in OPTIONS:
+            default = self.defaults.get(describe(option), "").split(" ")[0].strip("`")
+            if option.value is Value.NONE:
+                if option.name not in ("help", "usage", "version"):
+                    self.assertNotEqual(parsed(f"--{option.name}"), Settings(), option.name)
+            elif re.fullmatch("[0-9]+|yes|no|gzip", default):
+                self.assertEqual(parsed(f"--{option.name}={default}"), Settings(), option.name)
+                tried.add(option.name)
+        self.assertGreaterEqual(len(tried), 11, tried)
 
 
 class EnvironmentTests(SynchronousTestCase):
@@ -252,3 +307,13 @@ class TwistdTests(SynchronousTestCase):
             done = subprocess.run([*command, "--version"], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout), (0, version_text() + "\n"), program)
             self.assertEqual(subprocess.run([*command, "-x"], capture_output=True).returncode, 64)
+
+    def test_broken_pipe(self) -> None:
+        """O1: a pager that ends early is no error."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-m", "guixd", "--help"], stdout=writing, stderr=subprocess.PIPE
+        )
+        os.close(writing)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
