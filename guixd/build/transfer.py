@@ -82,6 +82,7 @@ class Transfer:
             verify=False,  # signatures tell what is right
             compression=self._place.compression,
             limit=self._incoming.nar_size,
+            exact=self._place.compression == "none",
             schemes=("http", "https"),
             connect_timeout=CONNECT_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
@@ -120,7 +121,7 @@ class Transfer:
             text = f"the connection broke; {self._name} goes on at {short_size(head.offset)}"
             self._tell(Event(text=text, download=True))
             return
-        if self._size is None:
+        if head.size is not None:
             self._size = head.size
         size = "" if self._size is None else f" ({short_size(self._size)})"
         text = f"downloading {self._name} from {self._place.name}{size}..."

@@ -37,6 +37,9 @@ class Request:
     """What to undo, see `codecs`; sizes and progress are of the compressed bytes."""
     limit: int | None = None
     """Most bytes to be written."""
+    exact: bool = False
+    """Whether so many are all of a body that would only end with the connection: some
+    servers leave it open.  Not with a compression."""
     schemes: Sequence[str] = SCHEMES
     """What the URL and redirections may be."""
     redirects: int = 20

@@ -168,6 +168,8 @@ class Transfer:
         self._body: Body | None = None
         self._received = 0
         self._written = 0
+        self._ends_there = False
+        """Whether the body ends at the limit."""
         self._reported = 0.0
         self._codec = decoder("none")
         self._inputs: deque[bytes] = deque()
@@ -294,6 +296,8 @@ class Transfer:
             self._fail(FetchError("limit", f"more than {limit} bytes came"))
         else:
             self._sink.write(block)
+            if self._written == limit and self._ends_there and self._body is not None:
+                self._body.end()
 
     def _full(self, on: bool) -> None:
         self._stuffed = on
@@ -435,6 +439,8 @@ class Transfer:
 
     def _head(self, answer: ResponseHead, url: str) -> Head:
         offset, size = 0, answer.size
+        endless = size is None and not answer.get("transfer-encoding")
+        self._ends_there = endless and self._request.exact
         if answer.status == 206:
             words = answer.get("content-range").replace("/", " ").replace("-", " ").split()
             if len(words) != 4 or words[0] != "bytes" or words[1] != str(self._request.offset):

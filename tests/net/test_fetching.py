@@ -50,6 +50,21 @@ class GoodServerTest(FetcherCase):
         server = Server(self, script)
         self.assertEqual((await self.fetch(server.url()))[0], b"hello")
 
+    async def test_bodies_that_nothing_ends(self) -> None:
+        """U14: the size that is known from elsewhere tells where they end, if it must."""
+        known = {"limit": 5, "exact": True}
+        server = Server(self, always(b"HTTP/1.1 200 OK\r\n\r\nhello"))
+        self.assertEqual((await self.fetch(server.url(), **known))[0], b"hello")
+        server.script = always(b"HTTP/1.1 200 OK\r\n\r\nhello, world")
+        self.assertEqual((await self.refused(server.url(), **known)).kind, "limit")
+        for body in (
+            b"Content-Length: 6\r\n\r\nhello",
+            b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello",
+        ):
+            server.script = always(b"HTTP/1.1 200 OK\r\n" + body)
+            error = await self.refused(server.url(), idle_timeout=0.2, **known)
+            self.assertEqual(error.kind, "timeout")
+
     async def test_many_lookups_at_once(self) -> None:
         def script(connection: Asked, request: str) -> None:
             number = request.split()[1].removeprefix("/")

@@ -47,6 +47,17 @@ class GoodServer(SubstituteCase):
         )
         self.assertEqual(self.leftovers(), [])
 
+    async def test_sizes(self) -> None:
+        """U20: what the server sends counts, not what a narinfo said of its size."""
+        path = self.offer("item", file_size=7)
+        client = await self.client(print_extended_build_trace="1")
+        self.assertEqual((await client.substitutable_path_infos([path]))[0].download_size, 7)
+        await client.build_paths([path])
+        size = (await client.path_info(path)).nar_size
+        self.assertIn(
+            f"@ download-progress {path} {self.url}/nar/{path.base} {size} {size}\n", self.text()
+        )
+
     async def test_references_first(self) -> None:
         """U17: what an item refers to comes before it."""
         low = self.offer("low")

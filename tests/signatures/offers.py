@@ -20,6 +20,7 @@ def narinfo_of(
     url: str = "",
     compression: str = "none",
     size: int | None = None,
+    file_size: int | None = None,
     deriver: str = "",
     version: str = "1",
 ) -> bytes:
@@ -36,4 +37,6 @@ def narinfo_of(
         signature = sign(hashlib.sha256(text.encode()).digest(), keys)
         text += f"Signature: {version};host;{base64.b64encode(signature).decode()}\n"
     text += f"URL: {url or 'nar/' + path.base}\nCompression: {compression}\n"
+    if file_size is not None:
+        text += f"FileSize: {file_size}\n"
     return text.encode()
