@@ -26,6 +26,7 @@ from guixd.build.users import BuildUser, BuildUserPool
 from guixd.build.workshop import Workshop
 from guixd.errors import GuixdError
 from guixd.formats.derivation import Output
+from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildFailed, BuildFailedBefore, BuildSucceeded, BuildTimedOut
 from guixd.store.locks import PathLocks
 
@@ -184,9 +185,13 @@ class Attempt:
             for name, output in outputs.items():
                 if name not in missing:
                     expected = database.path_info(output.path).nar_hash
-                    if not await self._shop.threads(is_intact, output.path, expected):
+                    if not await self._is_intact(output.path, expected):
                         missing[name] = output
         return missing
+
+    async def _is_intact(self, path: StorePath, nar_hash: bytes) -> bool:
+        reading = partial(is_intact, self._shop.threads, path, nar_hash)
+        return await self._job.interest.wait(lambda: Deferred.fromCoroutine(reading()))
 
     def _check_failures(self, wanted: Mapping[str, Output]) -> None:
         """Refuse to build what failed meanwhile, if failures are remembered."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guixd.build.threads import Threads
+from guixd.build.job import Interest
+from guixd.build.threads import Threads, to_the_end
 from guixd.errors import StoreError
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
@@ -22,9 +23,14 @@ async def read_derivation(threads: Threads, store: LocalStore, path: StorePath) 
     return store.read_derivation(path)
 
 
-def is_intact(path: StorePath, nar_hash: bytes) -> bool:
-    """Whether the files of the item PATH have the sha256 NAR_HASH of its NAR; blocks."""
-    try:
-        return hash_and_scan(None, path).digest == nar_hash
-    except StoreError:
-        return False
+async def is_intact(threads: Threads, path: StorePath, nar_hash: bytes) -> bool:
+    """Whether the files of the item PATH have the sha256 NAR_HASH of its NAR."""
+    interest = Interest()
+
+    def compare() -> bool:
+        try:
+            return hash_and_scan(None, path, check=interest.check).digest == nar_hash
+        except StoreError:
+            return False
+
+    return await to_the_end(threads(compare), interest.lose)

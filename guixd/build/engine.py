@@ -199,7 +199,7 @@ class Engine:
             for path in paths:
                 await protection.add(path)
                 info = database.find_path_info(path)
-                if info is not None and await shop.threads(is_intact, path, info.nar_hash):
+                if info is not None and await is_intact(shop.threads, path, info.nar_hash):
                     continue
                 result = None
                 if substitutes is not None and request.options.use_substitutes:

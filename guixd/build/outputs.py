@@ -24,6 +24,7 @@ from guixd.formats import hashes
 from guixd.formats.derivation import Derivation, Output
 from guixd.formats.path import StorePath
 from guixd.formats.trace import HashMismatch
+from guixd.store.descent import Check, go_on
 from guixd.store.dump import Measured
 from guixd.store.finding import find_reference
 from guixd.store.links import Links, is_shared
@@ -34,9 +35,9 @@ from guixd.store.trees import (
     canonicalise,
     check_output,
     copy_fresh,
-    dump,
     hash_and_scan,
     hash_file,
+    hash_nar,
     remove,
     strip,
 )
@@ -100,6 +101,8 @@ class Harvest:
     """Where files are shared with equal ones of the store; closed in the end."""
     known: Mapping[StorePath, Known] = field(default_factory=dict)
     """What need not be found out again."""
+    check: Check = go_on
+    """Called in the threads after each step; it raises when nobody wants the outputs any more."""
     mismatches: list[HashMismatch] = field(default_factory=list)
     """What is to be told before the failure."""
     _seen: InodesSeen = field(default_factory=set)
@@ -214,7 +217,7 @@ class Harvest:
     def locate(self, output: StorePath, reference: StorePath) -> str:
         """Return the file of the collected OUTPUT that has REFERENCE in it; empty if unknown."""
         try:
-            return find_reference(self._staging, output.base, reference.hash_part)
+            return find_reference(self._staging, output.base, reference.hash_part, self.check)
         except (OSError, GuixdError):
             return ""
 
@@ -237,7 +240,7 @@ class Harvest:
             base = path.base
             try:
                 move(self._source, base, self._staging, base)
-                strip(self._staging, base, pipes=False)
+                strip(self._staging, base, pipes=False, check=self.check)
                 reached("outputs.stripped")
             except (OSError, GuixdError):
                 continue
@@ -252,7 +255,7 @@ class Harvest:
         try:
             check_output(source, there, self.owner)
             if self.fresh:
-                copy_fresh(source, there, staging, base)
+                copy_fresh(source, there, staging, base, self.check)
                 remove(source, there)
             else:
                 move(source, there, staging, base)
@@ -270,16 +273,16 @@ class Harvest:
         if output.is_fixed and not output.is_recursive:
             self._check_flat(staging, output)
         try:
-            canonicalise(staging, base, self.owner, self._seen)
+            canonicalise(staging, base, self.owner, self._seen, self.check)
         except BuildError as error:
             raise BuildFailure(Status.OUTPUT_REJECTED, error.text) from None
         if self.targets.elsewhere:
-            rewrite(staging, base, _REWRITTEN, self.targets.backward)
+            rewrite(staging, base, _REWRITTEN, self.targets.backward, self.check)
             remove(staging, base)
             move(staging, _REWRITTEN, staging, base)
         known = self.known.get(output.path)
         if known is None:
-            scanned = hash_and_scan(staging, base, parts, self.links)
+            scanned = hash_and_scan(staging, base, parts, self.links, self.check)
         else:
             scanned = known.measured
             status = os.stat(base, dir_fd=staging, follow_symlinks=False)
@@ -314,11 +317,11 @@ class Harvest:
                 actual = nar_digest
             else:
                 running = hashes.new(algorithm)
-                dump(staging, base, running.update)
+                hash_nar(staging, base, running, self.check)
                 actual = running.digest()
         else:
             running = hashes.new(algorithm)
-            hash_file(staging, base, running)
+            hash_file(staging, base, running, self.check)
             actual = running.digest()
         expected = output.digest()
         if actual != expected:

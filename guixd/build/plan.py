@@ -218,7 +218,7 @@ class Planner:
         """Whether the valid item PATH has the contents that were registered."""
         if path not in self._intact:
             expected = self._store.database.path_info(path).nar_hash
-            self._intact[path] = await self._threads(is_intact, path, expected)
+            self._intact[path] = await is_intact(self._threads, path, expected)
         return self._intact[path]
 
     def _refuse_early(self, goal: Goal, drv: Derivation, wanted: Iterable[StorePath]) -> None:

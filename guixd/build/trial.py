@@ -291,6 +291,7 @@ class Trial:
             candidates=inputs | set(job.drv.output_paths),
             links=self._links(),
             known=self._process.known if self._process is not None else {},
+            check=job.interest.check,
         )
         if isinstance(reason.value, ProcessTerminated):
             full = full_disks(shop.settings.directories)

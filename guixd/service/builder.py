@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
 
 from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest
+from guixd.build.threads import pool_threads
 
 if TYPE_CHECKING:
     from guixd.service.shared import Daemon
     from guixd.store.local import LocalStore
 
 _log = Logger()
+
+BUILD_THREADS = 256
+"""One for each build at work: outputs can take long, and others must not wait for them."""
 
 
 def _tell(problems: list[str]) -> None:
@@ -40,12 +45,14 @@ class SandboxBuilder:
         daemon.threads(remove_leftovers, temporary).addCallbacks(_tell, _failed)
         reactor: Any = daemon.reactor
         self._launcher = ZygoteLauncher(reactor)
+        self._pool = ThreadPool(0, BUILD_THREADS, "guixd-build")
+        self._pool.start()
         self._engine = Engine(
             reactor,
             daemon.settings,
             store,
             self._launcher,
-            daemon.threads,
+            pool_threads(reactor, self._pool),
             fetcher=daemon.fetcher,
             substitutes=daemon.substitutes,
         )
@@ -67,6 +74,7 @@ class SandboxBuilder:
             await self._engine.stop()
         finally:
             await self._launcher.stop()
+            self._pool.stop()
 
     def stop(self) -> Deferred[None]:
         """End all builds; the Deferred fires when nothing of them is left."""

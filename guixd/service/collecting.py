@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
@@ -90,7 +90,7 @@ class _Remover:
     async def stop(self) -> None:
         """Begin nothing more, and wait until no thread is at work."""
         self._collection.take_moved()
-        with suppress(StoreError, OSError):
+        with suppress(StoreError, OSError, CancelledError):
             await self.finish()
 
 
@@ -127,7 +127,9 @@ class _Collecting:
         session = self._session
         await session.when_free(session.store.collecting.begin)
         try:
-            collection = Collection(session.store, session.roots, self._rules(), self._lines.append)
+            collection = Collection(
+                session.store, session.roots, self._rules(), self._lines.append, self._check
+            )
         except BaseException:
             session.store.collecting.end()
             raise
@@ -158,6 +160,9 @@ class _Collecting:
             trash = self._session.store.directory.child(TRASH)
             self._say(Level.INFO, f"deleting `{trash}'")
             await remover.finish()
+        except CancelledError:
+            self._leave()
+            raise
         finally:
             await remover.stop()
         await self._in_thread(collection.remove_trash)
@@ -177,6 +182,11 @@ class _Collecting:
 
     def _leave(self) -> None:
         self._left = True
+
+    def _check(self) -> None:
+        """Go on only if the client is still there; what is in the trash is for the next."""
+        if self._left:
+            raise CancelledError
 
     async def _reply(self, paths: Callable[[], tuple[StorePath, ...]], freed: int = 0) -> Encoded:
         """Make the reply in a thread, as there may be very many PATHS."""

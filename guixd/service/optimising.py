@@ -10,7 +10,7 @@ from guixd.formats import operations as op
 from guixd.formats.path import StorePath
 from guixd.formats.sizes import short_size, size_text
 from guixd.service.session import Handlers, Session
-from guixd.service.sweep import WORKERS, Progress, in_parallel
+from guixd.service.sweep import Progress, in_parallel, in_thread
 from guixd.store.items import Row
 from guixd.store.links import SMALLEST
 from guixd.store.optimise import Optimisation
@@ -20,11 +20,11 @@ from guixd.store.survey import Survey
 
 async def optimise(session: Session, _request: op.OptimiseStore) -> None:
     """Share the equal files of all valid items."""
-    store, threads = session.store, session.daemon.threads
+    store, daemon = session.store, session.daemon
     work = Optimisation(store.directory.path)
     # An item cannot be smaller than its files.
     survey = Survey(store.database, SMALLEST)
-    progress = Progress(session.daemon.reactor)
+    progress = Progress(daemon.reactor)
     items = files = freed = 0
 
     async def run() -> None:
@@ -33,7 +33,9 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
             roots = store.temp_roots()
             try:
                 valid = await _protect(session, roots, rows)
-                saved = await threads(work.share, [path.base for path in valid])
+                saved = await in_thread(
+                    daemon, work.stop, work.share, [path.base for path in valid]
+                )
             finally:
                 roots.close()
             for note in saved.notes:
@@ -44,8 +46,8 @@ async def optimise(session: Session, _request: op.OptimiseStore) -> None:
                 session.log.log(Level.INFO, text)
 
     try:
-        await threads(work.begin)
-        await in_parallel(WORKERS, run)
+        await in_thread(daemon, work.stop, work.begin)
+        await in_parallel(run)
     finally:
         work.stop()
     session.log.log(Level.ERROR, f"{size_text(freed)} freed by hard-linking {files} files")

@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, succeed
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest, Level
-from guixd.build.threads import Threads
+from guixd.build.threads import Threads, to_the_end
 from guixd.errors import Busy, GuixdError, StoreError
 from guixd.formats.path import StorePath
 from guixd.net.receiving import FetcherLike
@@ -28,6 +28,7 @@ from guixd.signatures.acl import Acl
 from guixd.store import recovery
 from guixd.store.items import PathInfo
 from guixd.store.local import LocalStore
+from guixd.store.verify import Verification
 
 if TYPE_CHECKING:
     from guixd.build.substitutes import Substitutes
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _log = Logger()
 
 STOPPING = "the build daemon is stopping"
+SWEEPS = 2
+"""How many threads look at the whole store for all clients; others need some, too."""
 STORE_RETRY = 0.2
 """Seconds until a store that another process has for itself is tried again."""
 
@@ -58,6 +61,7 @@ class Daemon:
     :ivar acl: whose archives are taken.
     :ivar held_locks: paths that whoever started the daemon has locked for it.
     :ivar sessions: those of all clients that are connected.
+    :ivar sweeps: for the threads that look at the whole store; see `sweep`.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Daemon:
         self._recovery: Deferred[None] = succeed(None)
         self._drain: Drain | None = None
         self.sessions: set[Member] = set()
+        self.sweeps = DeferredSemaphore(SWEEPS)
 
     def open_store(self, reserve_space: bool) -> LocalStore:
         """Return the store, opened if it is not; a failure is not for ever.
@@ -119,7 +124,9 @@ class Daemon:
     async def _recover(self, store: LocalStore) -> None:
         """Make sure that what is valid in STORE is there."""
         try:
-            damaged = await self.threads(recovery.find_damaged, store)
+            reading = Verification(store.directory.path)
+            finding = self.threads(recovery.find_damaged, store, reading)
+            damaged = await to_the_end(finding, reading.stop)
             while True:
                 try:
                     dropped = recovery.drop_damaged(store, damaged)
@@ -229,7 +236,8 @@ class Daemon:
             self._drain.hurry()
 
     async def stop_builds(self) -> None:
-        """End all builds and downloads."""
+        """End all builds and downloads, and what goes on without a client."""
+        self._recovery.cancel()
         builder, self._builder = self._builder, None
         fetcher, self._fetcher = self._fetcher, None
         try:
@@ -241,7 +249,6 @@ class Daemon:
 
     def close_store(self) -> None:
         """Close the store, which nobody may use any more."""
-        self._recovery.cancel()
         store, self._store = self._store, None
         if store is not None:
             store.close()

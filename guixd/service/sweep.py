@@ -7,14 +7,16 @@ client may leave at any moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
-WORKERS = 2
-"""How many threads look at the store for one client; others need some, too."""
+from guixd.build.threads import to_the_end
+from guixd.service.shared import SWEEPS, Daemon
+
+T = TypeVar("T")
 PROGRESS = 5.0
 """Seconds after which the client is told how far it is."""
 
@@ -35,12 +37,26 @@ class Progress:
         return True
 
 
-async def in_parallel(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do WORK in COUNT coroutines until all of them end.
+async def in_thread(
+    daemon: Daemon, stop: Callable[[], object], work: Callable[..., T], *args: Any
+) -> T:
+    """Return what WORK returns, which a thread does when few others look at the store.
+
+    :param stop: lets WORK end soon, for when the caller is cancelled.
+    """
+    await daemon.sweeps.acquire()
+    try:
+        return await to_the_end(daemon.threads(work, *args), stop)
+    finally:
+        daemon.sweeps.release()
+
+
+async def in_parallel(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do WORK in as many coroutines as there are threads for it, until all of them end.
 
     If one fails, or the caller is cancelled, the others are cancelled.
     """
-    running = [Deferred.fromCoroutine(work()) for _ in range(count)]
+    running = [Deferred.fromCoroutine(work()) for _ in range(SWEEPS)]
     failures: list[Failure] = []
 
     def failed(failure: Failure) -> None:

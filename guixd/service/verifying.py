@@ -15,7 +15,7 @@ from guixd.formats import operations as op
 from guixd.formats.path import StorePath
 from guixd.service.repairing import repair
 from guixd.service.session import Handlers, Session
-from guixd.service.sweep import WORKERS, Progress, in_parallel
+from guixd.service.sweep import Progress, in_parallel, in_thread
 from guixd.store.items import Row
 from guixd.store.local import LocalStore
 from guixd.store.survey import Survey
@@ -125,14 +125,16 @@ class _Verify:
             nonlocal taken
             while rows := await session.when_free(survey.take):
                 number, taken = taken, taken + 1
-                found = await session.daemon.threads(work.check, self._of_interest(rows))
+                found = await in_thread(
+                    session.daemon, work.stop, work.check, self._of_interest(rows)
+                )
                 await self._tell(number, found)
                 self._items += len(rows)
                 if progress.due():
                     self._log(Level.INFO, f"{self._items} items checked")
 
         try:
-            await in_parallel(WORKERS, run)
+            await in_parallel(run)
         finally:
             work.stop()
 
@@ -181,13 +183,13 @@ class _Verify:
         """Return what is wrong with PATH, if it still is: it may have been collected."""
         session, database = self._session, self._store.database
         roots = self._store.temp_roots()
+        work = Verification(self._store.directory.path)
         try:
             await session.when_free(partial(roots.add, path))
             row = await session.when_free(partial(database.find_row, path))
             if row is None:
                 return None
-            check = Verification(self._store.directory.path).check
-            found = await session.daemon.threads(check, [row])
+            found = await in_thread(session.daemon, work.stop, work.check, [row])
         finally:
             roots.close()
         if not found or found[0].is_incomplete:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from guixd.errors import BuildError, StoreError
-from guixd.store.descent import Descent, handle_path, identity, walk
+from guixd.store.descent import Check, Descent, go_on, handle_path, identity, walk
 
 STORE_TIME = 1_000_000_000
 """Modification time of everything in the store, nanoseconds since the epoch."""
@@ -35,7 +35,13 @@ def canonical_mode(mode: int) -> int:
     return 0o555 if mode & stat.S_IXUSR else 0o444
 
 
-def canonicalise(dir_fd: int | None, name: str, owner: int | None, seen: InodesSeen) -> None:
+def canonicalise(
+    dir_fd: int | None,
+    name: str,
+    owner: int | None,
+    seen: InodesSeen,
+    check: Check = go_on,
+) -> None:
     """Give NAME in the directory DIR_FD, and all below it, the metadata of the store.
 
     Mode 0444 or 0555, modification time 1, the daemon's user and group, and no
@@ -43,13 +49,14 @@ def canonicalise(dir_fd: int | None, name: str, owner: int | None, seen: InodesS
 
     :param owner: uid that everything must belong to, the build user; None for any.
     :param seen: shared by the outputs of one build; grows.
+    :param check: called for each node.
     :raises BuildError: something belongs to neither OWNER nor, as a further link, to this build.
     :raises StoreError: an unsupported type of file, or the file system refuses.
     """
     _guarded(
         name,
         lambda: walk(
-            dir_fd, name, partial(_canonicalise_node, owner, seen), _canonicalise_directory
+            dir_fd, name, partial(_canonicalise_node, owner, seen), _canonicalise_directory, check
         ),
     )
     status = _guarded(name, lambda: os.stat(name, dir_fd=dir_fd, follow_symlinks=False))
@@ -166,15 +173,16 @@ def _unsupported(path: str, mode: int) -> StoreError:
     )
 
 
-def strip(dir_fd: int | None, name: str, *, pipes: bool = True) -> None:
+def strip(dir_fd: int | None, name: str, *, pipes: bool = True, check: Check = go_on) -> None:
     """Clear setuid, setgid and write permission for others on NAME and all below it.
 
     :param pipes: whether sockets and FIFOs may be in it.
+    :param check: called for each node.
     :raises StoreError: a device or other special file, or a file with links
         from elsewhere; nothing was changed then.
     """
-    _guarded(name, lambda: _check_links(dir_fd, name, pipes))
-    _guarded(name, lambda: walk(dir_fd, name, _strip_node))
+    _guarded(name, lambda: _check_links(dir_fd, name, pipes, check))
+    _guarded(name, lambda: walk(dir_fd, name, _strip_node, check=check))
 
 
 def _strip_node(down: Descent, name: str, status: os.stat_result) -> None:
@@ -201,7 +209,7 @@ def chown_tree(dir_fd: int | None, name: str, uid: int, gid: int) -> None:
     _guarded(name, lambda: walk(dir_fd, name, give, give_directory))
 
 
-def _check_links(dir_fd: int | None, name: str, pipes: bool = True) -> None:
+def _check_links(dir_fd: int | None, name: str, pipes: bool = True, check: Check = go_on) -> None:
     """Refuse what must not change hands: devices, and files with links outside the tree.
 
     :param pipes: whether sockets and FIFOs may.
@@ -217,7 +225,7 @@ def _check_links(dir_fd: int | None, name: str, pipes: bool = True) -> None:
             links[identity(status)] += 1
             wanted[identity(status)] = (status.st_nlink, down.path(name))
 
-    walk(dir_fd, name, visit)
+    walk(dir_fd, name, visit, check=check)
     for key, (count, path) in wanted.items():
         if links[key] < count:
             raise StoreError(f"file '{path}' has links from outside of its tree")

@@ -26,7 +26,7 @@ from guixd.formats.path import StorePath
 from guixd.formats.sizes import size_text
 from guixd.store import roots
 from guixd.store.busy import busy_names
-from guixd.store.descent import DIRECTORY_FLAGS
+from guixd.store.descent import DIRECTORY_FLAGS, Check, go_on
 from guixd.store.links import POOL
 from guixd.store.liveness import DeadItem, Liveness, Marked
 from guixd.store.local import LocalStore
@@ -63,6 +63,7 @@ class Collection:
 
     :param requester: what the client that asks has protected itself; that does not count.
     :param report: gets lines for the user; called in threads, too.
+    :param check: called in threads after each step; it raises when the client has left.
     :ivar found: the items, and names of leftovers, that were found dead or have been deleted.
     :ivar freed: bytes; what waits in the trash counts when it is gone.
     """
@@ -73,10 +74,12 @@ class Collection:
         requester: TempRoots | None,
         rules: Rules,
         report: Callable[[str], None],
+        check: Check = go_on,
     ) -> None:
         self._store = store
         self._rules = rules
         self._report = report
+        self._check = check
         self._others = OtherRoots()
         self._protected = store.protected(requester)
         self._touched = store.collecting.touched = set()
@@ -201,7 +204,7 @@ class Collection:
         """Empty and make the directory for what is not an item any more; for a thread."""
         store = self._store.directory.path
         self._fd = os.open(store, DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
-        self.freed += remove(self._fd, TRASH, max_links=self._rules.most_links)
+        self.freed += self._remove(self._fd, TRASH)
         try:
             os.mkdir(TRASH, 0o700, dir_fd=self._fd)
             self._trash = os.open(TRASH, DIRECTORY_FLAGS, dir_fd=self._fd)
@@ -345,13 +348,16 @@ class Collection:
         """Remove NAMES from the trash and return how many bytes that freed; for a thread."""
         freed = 0
         for name in names:
-            freed += remove(self._trash, name, max_links=self._rules.most_links)
+            freed += self._remove(self._trash, name)
             reached("gc.removed")
         return freed
 
+    def _remove(self, dir_fd: int, name: str) -> int:
+        return remove(dir_fd, name, max_links=self._rules.most_links, check=self._check)
+
     def remove_trash(self) -> None:
         """Remove what is left of the trash; for a thread."""
-        self.freed += remove(self._fd, TRASH, max_links=self._rules.most_links)
+        self.freed += self._remove(self._fd, TRASH)
 
     def close(self) -> None:
         """Give everything back, also in the middle; what is in the trash stays for the next."""

@@ -7,20 +7,27 @@ import stat
 from errno import EINVAL, ENOSYS, ENOTSUP, EXDEV
 
 from guixd.errors import StoreError
-from guixd.store.descent import DIRECTORY_FLAGS, Descent, identity, walk
+from guixd.store.descent import DIRECTORY_FLAGS, Check, Descent, go_on, identity, walk
 
 _BLOCK = 1 << 20
 _SOURCE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TARGET_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def copy_fresh(source_fd: int | None, source: str, target_fd: int | None, target: str) -> None:
+def copy_fresh(
+    source_fd: int | None,
+    source: str,
+    target_fd: int | None,
+    target: str,
+    check: Check = go_on,
+) -> None:
     """Copy the tree SOURCE of one directory to the new name TARGET of another.
 
     Every file of the copy is a new inode with one link.  Permissions (without
     setuid, setgid and sticky) and, if we may, owners are those of the source,
     for the checks to come.  TARGET's directory must be the daemon's alone.
 
+    :param check: called after each block.
     :raises StoreError: something other than files, directories and symbolic
         links, TARGET exists, or the file system refuses.
     """
@@ -37,7 +44,7 @@ def copy_fresh(source_fd: int | None, source: str, target_fd: int | None, target
                     uid, gid = status.st_uid, status.st_gid
                     os.chown(new, uid, gid, dir_fd=copy.fd, follow_symlinks=False)
             elif stat.S_ISREG(status.st_mode):
-                _copy_file(down, name, status, copy.fd, new)
+                _copy_file(down, name, status, copy.fd, new, check)
             else:
                 raise StoreError(f"file '{down.path(name)}' has an unsupported type")
 
@@ -47,13 +54,18 @@ def copy_fresh(source_fd: int | None, source: str, target_fd: int | None, target
             copy.leave()
 
         try:
-            walk(source_fd, source, visit, leave)
+            walk(source_fd, source, visit, leave, check)
         except OSError as error:
             raise StoreError(f"cannot copy '{source}': {error.strerror or error}") from error
 
 
 def _copy_file(
-    down: Descent, name: str, status: os.stat_result, target_fd: int | None, new: str
+    down: Descent,
+    name: str,
+    status: os.stat_result,
+    target_fd: int | None,
+    new: str,
+    check: Check,
 ) -> None:
     source = os.open(name, _SOURCE_FLAGS, dir_fd=down.fd)
     try:
@@ -61,7 +73,7 @@ def _copy_file(
             raise StoreError(f"file '{down.path(name)}' was exchanged while it was copied")
         target = os.open(new, _TARGET_FLAGS, 0o600, dir_fd=target_fd)
         try:
-            _copy_contents(source, target)
+            _copy_contents(source, target, check)
             _copy_metadata(target, status)
         finally:
             os.close(target)
@@ -69,16 +81,17 @@ def _copy_file(
         os.close(source)
 
 
-def _copy_contents(source: int, target: int) -> None:
+def _copy_contents(source: int, target: int, check: Check) -> None:
     """Copy to the end of the file, within the kernel if that can do it."""
     try:
         while os.copy_file_range(source, target, _BLOCK * 64):
-            pass
+            check()
     except OSError as error:
         if error.errno not in (EXDEV, EINVAL, ENOSYS, ENOTSUP):
             raise
     # Also for file systems where the kernel's copying stops at once without an error.
     while block := os.read(source, _BLOCK):
+        check()
         view = memoryview(block)
         while view:
             view = view[os.write(target, view) :]

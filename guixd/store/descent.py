@@ -15,6 +15,12 @@ from guixd.errors import StoreError
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_OPEN = 32
+Check = Callable[[], object]
+"""Called after each step of what takes long; what it raises ends that."""
+
+
+def go_on() -> None:
+    """Let everything come to its end: the `Check` of who has none."""
 
 
 class Descent:
@@ -144,6 +150,7 @@ def walk(
     name: str,
     visit: Visit,
     leave: Leave | None = None,
+    check: Check = go_on,
 ) -> None:
     """Visit the node NAME and all below it, parents first.
 
@@ -151,6 +158,7 @@ def walk(
     itself; LEAVE gets the descriptor of each directory after its last entry and
     the status from before its visit.
 
+    :param check: called for each node.
     :raises StoreError: the tree changed meanwhile.
     :raises OSError: from any call, or from VISIT and LEAVE.
     """
@@ -165,6 +173,7 @@ def walk(
                         leave(down.fd, own)
                     down.leave()
                 continue
+            check()
             entry = names.pop()
             status = os.stat(entry, dir_fd=down.fd, follow_symlinks=False)
             visit(down, entry, status)

@@ -12,7 +12,7 @@ from guixd.errors import StoreError
 from guixd.formats import nar
 from guixd.formats.hashes import Hash
 from guixd.formats.references import Scanner
-from guixd.store.descent import Descent
+from guixd.store.descent import Check, Descent, go_on
 from guixd.store.links import Links, end_key, is_shared, start_key
 
 Block = bytes | memoryview
@@ -77,31 +77,46 @@ def hash_and_scan(
     name: str,
     hash_parts: Iterable[str] = (),
     links: Links | None = None,
+    check: Check = go_on,
 ) -> Measured:
     """Hash the archive of NAME and look for HASH_PARTS in it, in one pass.
 
     :param links: as for `dump`.
+    :param check: called after each block.
     :raises StoreError: as for `dump`.
     """
     digest = hashlib.sha256()
     scanner = Scanner(hash_parts)
 
-    def take(block: Block) -> None:
-        digest.update(block)
-        scanner.update(block)
+    scan = scanner.update if scanner.wanted else None
 
-    size = dump(dir_fd, name, take if scanner.wanted else digest.update, links)
+    def take(block: Block) -> None:
+        check()
+        digest.update(block)
+        if scan is not None:
+            scan(block)
+
+    size = dump(dir_fd, name, take, links)
     return Measured(digest.digest(), size, frozenset(scanner.found))
 
 
-def hash_nar(dir_fd: int | None, name: str, digest: Hash) -> int:
-    """Update DIGEST with the archive of NAME and return the archive's size in bytes."""
-    return dump(dir_fd, name, digest.update)
+def hash_nar(dir_fd: int | None, name: str, digest: Hash, check: Check = go_on) -> int:
+    """Update DIGEST with the archive of NAME and return the archive's size in bytes.
+
+    :param check: called after each block.
+    """
+
+    def take(block: Block) -> None:
+        check()
+        digest.update(block)
+
+    return dump(dir_fd, name, take)
 
 
-def hash_file(dir_fd: int | None, name: str, digest: Hash) -> os.stat_result:
+def hash_file(dir_fd: int | None, name: str, digest: Hash, check: Check = go_on) -> os.stat_result:
     """Update DIGEST with the contents of the regular file NAME and return its status.
 
+    :param check: called after each block.
     :raises StoreError: it is not a regular file or cannot be read.
     """
     try:
@@ -111,6 +126,7 @@ def hash_file(dir_fd: int | None, name: str, digest: Hash) -> os.stat_result:
             if not stat.S_ISREG(status.st_mode):
                 raise StoreError(f"file '{name}' is not a regular file")
             while block := os.read(fd, _BLOCK):
+                check()
                 digest.update(block)
             return status
         finally:

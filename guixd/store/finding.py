@@ -6,7 +6,7 @@ import os
 import stat
 
 from guixd.formats.references import Scanner
-from guixd.store.descent import Descent, walk
+from guixd.store.descent import Check, Descent, go_on, walk
 
 _BLOCK = 256 << 10
 
@@ -15,11 +15,12 @@ class _Found(Exception):
     pass
 
 
-def find_reference(dir_fd: int | None, name: str, hash_part: str) -> str:
+def find_reference(dir_fd: int | None, name: str, hash_part: str, check: Check = go_on) -> str:
     """Return the name of a file at or below NAME that has HASH_PART in it; empty if none has.
 
     Contents of files, targets of symbolic links and names count.  Blocks.
 
+    :param check: called after each block.
     :raises OSError: from any call.
     :raises StoreError: the tree changed meanwhile.
     """
@@ -29,22 +30,23 @@ def find_reference(dir_fd: int | None, name: str, hash_part: str) -> str:
         if stat.S_ISLNK(status.st_mode):
             scanner.update(os.fsencode(os.readlink(entry, dir_fd=down.fd)))
         elif stat.S_ISREG(status.st_mode):
-            _scan(scanner, entry, down.fd)
+            _scan(scanner, entry, down.fd, check)
         # The name of the tree itself is no part of it.
         if scanner.found or (down.names and hash_part in entry):
             raise _Found(down.path(entry))
 
     try:
-        walk(dir_fd, name, visit)
+        walk(dir_fd, name, visit, check=check)
     except _Found as found:
         return str(found)
     return ""
 
 
-def _scan(scanner: Scanner, name: str, dir_fd: int | None) -> None:
+def _scan(scanner: Scanner, name: str, dir_fd: int | None, check: Check) -> None:
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         while scanner.wanted and (block := os.read(fd, _BLOCK)):
+            check()
             scanner.update(block)
     finally:
         os.close(fd)

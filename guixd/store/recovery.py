@@ -20,9 +20,10 @@ def is_needed(store: LocalStore) -> bool:
     return store.durability is not None and store.durability.unsure_since is not None
 
 
-def find_damaged(store: LocalStore) -> list[StorePath]:
+def find_damaged(store: LocalStore, reading: Verification | None = None) -> list[StorePath]:
     """Return the valid items of STORE that have not come to the disk; for a thread.
 
+    :param reading: how STORE is read; if that is stopped, the result is of no use.
     :raises StoreError: the database cannot be read.
     """
     since = None if store.durability is None else store.durability.unsure_since
@@ -35,7 +36,7 @@ def find_damaged(store: LocalStore) -> list[StorePath]:
     finally:
         queries.close()
     rows = [row for row in found if store.directory.has_child(row.path)]
-    findings = Verification(store.directory.path).check(rows)
+    findings = (reading or Verification(store.directory.path)).check(rows)
     damaged = {finding.row.path for finding in findings if not finding.is_incomplete}
     # Such as what a collection has removed, if only that has come to the disk.
     return sorted(damaged.union(gone))

@@ -7,7 +7,7 @@ import stat
 from errno import EBUSY, ELOOP, ENOTDIR, ENOTEMPTY
 
 from guixd.errors import StoreError
-from guixd.store.descent import DIRECTORY_FLAGS, Descent, open_directory
+from guixd.store.descent import DIRECTORY_FLAGS, Check, Descent, go_on, open_directory
 
 _ATTEMPTS = 1000
 _A_MOMENT = 100
@@ -15,7 +15,7 @@ _A_MOMENT = 100
 _PAGE = 4096
 
 
-def remove(dir_fd: int | None, name: str, *, max_links: int = 1) -> int:
+def remove(dir_fd: int | None, name: str, *, max_links: int = 1, check: Check = go_on) -> int:
     """Remove NAME of the directory DIR_FD and all below it; a missing one is no error.
 
     Directories are entered by descriptors only, so that whoever exchanges names
@@ -23,12 +23,13 @@ def remove(dir_fd: int | None, name: str, *, max_links: int = 1) -> int:
 
     :param dir_fd: None if NAME is a file name whose directories can be trusted.
     :param max_links: link count up to which a file's size counts as freed.
+    :param check: called for each node; what it keeps from being removed stays.
     :return: bytes freed (spec: gc §7): sizes of files and links, not directories.
     :raises StoreError: something could not be removed.
     """
     with Descent(dir_fd) as down:
         try:
-            return _remove(down, name, max_links)
+            return _remove(down, name, max_links, check)
         except OSError as error:
             what = down.place(error, name)
             raise StoreError(f"cannot delete '{what}': {error.strerror}") from error
@@ -66,7 +67,7 @@ def _remove_little(dir_fd: int | None, name: str, left: int) -> int:
         for entry in entries:
             left -= 1
             if not entry.is_dir(follow_symlinks=False):
-                left -= entry.stat(follow_symlinks=False).st_size // _PAGE
+                left -= _weight(entry.stat(follow_symlinks=False))
                 _check(left)
                 os.unlink(entry.name, dir_fd=fd)
                 continue
@@ -81,17 +82,23 @@ def _remove_little(dir_fd: int | None, name: str, left: int) -> int:
     return left
 
 
+def _weight(status: os.stat_result) -> int:
+    """Return for how many nodes a file with STATUS counts: blocks may lie beyond its end."""
+    return max(status.st_size, status.st_blocks * 512) // _PAGE
+
+
 def _check(left: int) -> None:
     if left < 0:
         raise OSError(EBUSY, "too much")
 
 
-def _remove(down: Descent, name: str, max_links: int) -> int:
+def _remove(down: Descent, name: str, max_links: int, check: Check) -> int:
     freed = 0
     left = _ATTEMPTS  # against names that are exchanged again and again
     pending: list[list[str]] = [[name]]
     while True:
         while pending[-1]:
+            check()
             entry = pending[-1][-1]
             fd = down.fd
             try:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from guixd.formats.nar import NarParser
 from guixd.formats.path import HASH_LENGTH
-from guixd.store.dump import dump
+from guixd.store.descent import Check, go_on
+from guixd.store.dump import Block, dump
 from guixd.store.restore import TreeWriter
 
 _KEPT = HASH_LENGTH - 1
@@ -20,19 +21,27 @@ def replacer(hash_parts: Mapping[str, str]) -> Callable[[bytes], bytes]:
     return lambda text: pattern.sub(lambda match: table[match[0]], text)
 
 
-def rewrite(dir_fd: int, name: str, new: str, hash_parts: Mapping[str, str]) -> None:
+def rewrite(
+    dir_fd: int, name: str, new: str, hash_parts: Mapping[str, str], check: Check = go_on
+) -> None:
     """Copy the tree NAME to NEW in the same directory, with other HASH_PARTS in it.
 
     They are replaced in the contents of files, in names and in the targets of links.
     The copy has the metadata of the store.  It takes little memory, however large
     the files are; it blocks.
 
+    :param check: called after each block.
     :raises StoreError: the tree cannot be read, or the copy not be written.
     """
     writer = TreeWriter(dir_fd, new)
     try:
         parser = NarParser(_Rewriter(writer, replacer(hash_parts)))
-        dump(dir_fd, name, parser.feed)
+
+        def take(block: Block) -> None:
+            check()
+            parser.feed(block)
+
+        dump(dir_fd, name, take)
         parser.finish()
         writer.finish()
     finally:
