@@ -7,13 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import deferLater
 
 from guixd.build.builder import Builder
 from guixd.build.builtins import is_git_download, runs_here
 from guixd.build.contents import is_intact
 from guixd.build.delivery import Delivery
-from guixd.build.foreign import released
 from guixd.build.job import Job
 from guixd.build.logs import LogFile, log_file
 from guixd.build.outputs import Harvest
@@ -91,8 +89,10 @@ class Attempt:
 
     # --- the build ---------------------------------------------------------------
 
-    async def run(self, vacate: Callable[[], None]) -> Result:
+    async def run(self, vacate: Callable[[], None]) -> Result | None:
         """Build; afterwards no process, mount or directory of the build is left.
+
+        Nothing is done, and `None` returned, if another process has the lock of an output.
 
         :param vacate: called before the end if another build may begin in place of
             this one: when only directories are left to be removed.
@@ -110,7 +110,8 @@ class Attempt:
             await self._remember(result)
         finally:
             self._release_user()
-        self._report(result)
+        if result is not None:
+            self._report(result)
         return result
 
     async def _remember(self, failure: Result) -> None:
@@ -139,7 +140,7 @@ class Attempt:
                 code = 0 if result.status is Status.INPUT_REJECTED else 1
                 say.trace(BuildFailed(path, code, result.text).line)
 
-    async def _with_user(self) -> Result:
+    async def _with_user(self) -> Result | None:
         users = self._shop.users
         if users is not None and not self._here:
             self._user = await self._job.interest.wait(lambda: self._acquire(users))
@@ -159,8 +160,10 @@ class Attempt:
             # With valid outputs, all has been killed, or a pid namespace has ended in good order.
             self._shop.users.release(user, clean=self._valid)
 
-    async def _with_locks(self) -> Result:
-        locks = await self._lock()
+    async def _with_locks(self) -> Result | None:
+        locks = PathLocks.acquire(self._job.drv.output_paths)
+        if locks is None:
+            return None
         valid = self._mode is BuildMode.CHECK
         try:
             wanted = await self._wanted()
@@ -199,23 +202,6 @@ class Attempt:
             database = self._shop.store.database
             if any(database.has_failed(output.path) for output in wanted.values()):
                 raise BuildFailure(Status.CACHED_FAILURE, failed_before(self._job.path))
-
-    async def _lock(self) -> PathLocks:
-        """Take the lock files of all outputs; another process may have them for long."""
-        job, told = self._job, False
-        files = [path + ".lock" for path in job.drv.output_paths]
-        while True:
-            job.interest.check()
-            locks = PathLocks.acquire(job.drv.output_paths)
-            if locks is not None:
-                return locks
-            if not told:
-                told = True
-                job.say.log(Level.ERROR, f"waiting for locks on the outputs of `{job.path}'")
-            await job.interest.wait(lambda: released(self._shop.reactor, files))
-
-    async def _pause(self, seconds: float) -> None:
-        await self._job.interest.wait(lambda: deferLater(self._shop.reactor, seconds))
 
     async def _build(self, wanted: Mapping[str, Output]) -> None:
         shop, job = self._shop, self._job

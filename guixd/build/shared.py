@@ -20,6 +20,7 @@ from guixd.build.claims import Claims
 from guixd.build.container import is_native
 from guixd.build.diskspace import DiskSpace
 from guixd.build.durations import Durations
+from guixd.build.foreign import released
 from guixd.build.job import Job
 from guixd.build.patience import Patience
 from guixd.build.request import BuildMode, ClientOptions, Level
@@ -30,6 +31,7 @@ from guixd.build.workshop import Workshop
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildTimedOut
+from guixd.store.locks import is_locked
 
 _log = Logger()
 
@@ -98,6 +100,8 @@ class SharedBuild:
         self._awaited: Deferred[Slot] | None = None
         self._slot: Slot | None = None
         self._lacks_disk = False
+        self._locked_out = False
+        self._told_of_locks = False
 
     def start(self) -> None:
         """Begin; to be called once, after the first `attach`."""
@@ -194,7 +198,9 @@ class SharedBuild:
     @property
     def stuck(self) -> bool:
         """Whether it waits for a slot that none of its clients can ever get."""
-        waits = self._awaited is not None or self._lacks_disk
+        # Who has the locks of the outputs may make them valid.
+        lost = self._locked_out and self._common.scheduler.closed
+        waits = self._awaited is not None or self._lacks_disk or lost
         return waits and not any(
             attachment.share.may_start(self.local) for attachment in self._attachments
         )
@@ -224,17 +230,13 @@ class SharedBuild:
                 told = True
                 text = f"the build of `{self.path}' waits for disk space: {lack}"
                 self._broadcast.log(Level.ERROR, text)
-            self._waiting = self._common.disk.more()
             self._lacks_disk = True
-            for attachment in list(self._attachments):
-                attachment.changed()
-            await self._waiting
-            self._waiting = None
+            await self._wait_idly(self._common.disk.more())
             self._lacks_disk = False
         return True
 
     async def _try(self) -> Result | None:
-        """Build when it is our turn; `None` if there is not enough disk then."""
+        """Build when it is our turn; `None` if there is not enough disk then, or no lock."""
         claims, claimed = self._common.claims, list[StorePath]()
         try:
             for path in sorted(set(self.drv.output_paths)):
@@ -244,23 +246,48 @@ class SharedBuild:
                     self._waiting = None
                 claimed.append(path)
             normal = self._mode is BuildMode.NORMAL
+            await self._wait_for_locks()
             if normal and self._workshop.all_valid(self.drv):
                 return Result(Status.ALREADY_VALID)
             self._slot = await self._wait_for_slot()
-            if not self._common.disk.lack():
-                return await self._build()
-            self._vacate()
-            return None
+            if self._common.disk.lack():
+                self._vacate()
+                return None
+            result = await self._build()
+            if result is None:
+                self._locked_out = True  # after all: another process was quicker
+                self._vacate()
+            return result
         finally:
             claims.free(claimed)
 
-    async def _build(self) -> Result:
+    async def _wait_for_locks(self) -> None:
+        """Wait, with no slot, until no other process has the lock of an output."""
+        files = [path + ".lock" for path in self.drv.output_paths]
+        self._locked_out = self._locked_out or any(map(is_locked, files))
+        if self._locked_out:
+            if not self._told_of_locks:
+                self._told_of_locks = True
+                text = f"waiting for locks on the outputs of `{self.path}'"
+                self._broadcast.log(Level.ERROR, text)
+            await self._wait_idly(released(self._workshop.reactor, files))
+            self._locked_out = False
+
+    async def _wait_idly(self, event: Deferred[None]) -> None:
+        """Wait for EVENT, by which time `stuck` may have changed."""
+        self._waiting = event
+        for attachment in list(self._attachments):
+            attachment.changed()
+        await event
+        self._waiting = None
+
+    async def _build(self) -> Result | None:
         workshop = self._workshop
         job = Job(self.path, self.drv, self._broadcast, self._patience, self._wishes, self._mode)
         self._attempt = Attempt(workshop, job)
         began = workshop.reactor.seconds()
         result = await self._attempt.run(self._vacate)
-        if result.status is Status.BUILT:
+        if result is not None and result.status is Status.BUILT:
             seconds = workshop.reactor.seconds() - began
             self._common.durations.note(self.path.name, seconds)
         return result

@@ -235,9 +235,9 @@ class OutcomeTests(Real):
         self.assertTrue(Path(world.output(drv)).is_file())
 
     async def test_foreign_lock(self) -> None:
-        """B35: a build waits for another process that has the output's lock, and says so."""
+        """B35: a build waits, without a slot, for who has the output's lock, and says so."""
         world = self.world
-        drv = world.derive("a")
+        drv, other = world.derive("a"), world.derive("other")
         script = (
             "import fcntl, sys; file = open(sys.argv[1], 'a+');"
             "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
@@ -250,8 +250,10 @@ class OutcomeTests(Real):
             assert holder.stdin is not None and holder.stdout is not None
             holder.stdout.readline()
             observer = Recorder()
-            building = world.build(drv, observer=observer)
-            await observer.seen("waiting for locks")
+            building = world.build(drv, other, observer=observer, max_jobs=1)
+            await observer.seen(f"@ build-succeeded {other}")
+            told = f"waiting for locks on the outputs of `{drv}'"
+            self.assertEqual(observer.logs.count(told), 1)
             self.assertFalse(building.called)
             holder.stdin.close()
             holder.wait()
