@@ -8,7 +8,7 @@ it is given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -200,13 +200,19 @@ class Substitution:
         """Wait for a lane to SERVER, in place of the one to another."""
         if self._lane is not None and self._lane.server == server:
             return
+        client = self._options.client_uid
+        acquire = self._means.lanes.acquire
+        self._lane = await self._idly(lambda: acquire(server, self._priority, client))
+
+    async def _idly(self, wait: Callable[[], Deferred[Any]]) -> Any:
+        """Do WAIT with no lane, and so that it does not count as silence of a server."""
         self._leave_lane()
         if self._watchdog is not None:
             self._watchdog.hold(True)
-        client = self._options.client_uid
-        self._lane = await self._means.lanes.acquire(server, self._priority, client)
+        result = await wait()
         if self._watchdog is not None:
             self._watchdog.hold(False)
+        return result
 
     def _leave_lane(self) -> None:
         lane, self._lane = self._lane, None
@@ -230,7 +236,7 @@ class Substitution:
     async def _commit(self, incoming: Incoming) -> None:
         """Make the item valid, unless somebody else has done that meanwhile."""
         narinfo, database = self.offer.narinfo, self._means.store.database
-        await self._claim()
+        await self._idly(lambda: Deferred.fromCoroutine(self._claim()))
         try:
             locks = await self._lock()
             try:
@@ -253,7 +259,7 @@ class Substitution:
             if not told:
                 told = True
                 self._warn(f"waiting for the lock on `{self.path}'")
-            await released(self._means.reactor, [self.path + ".lock"])
+            await self._idly(lambda: released(self._means.reactor, [self.path + ".lock"]))
 
     async def _substitute(self) -> None:
         """Try all places until one is right, those twice where a transfer broke.

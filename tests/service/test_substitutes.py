@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.build.lanes import MOST_PER_SERVER
 from guixd.build.servers import MOST_DISCOVERED, discovered
 from guixd.formats.nar import nar_of_file
 from guixd.formats.wire import encode_bytes
@@ -17,6 +18,7 @@ from tests.net.servers import Asked, Server, answer, unused_port
 from tests.service.downloads import CONTENT
 from tests.service.substitutes import SubstituteCase
 from tests.service.world import set_options
+from tests.store.holder import Holder
 from tests.support import open_names, temporary_directory
 
 
@@ -185,6 +187,29 @@ class GoodServer(SubstituteCase):
             connection.send(answer(nar_of_file(b"content")))
         await building
         self.assertEqual(set(await client.valid_paths(paths)), set(paths))
+
+    async def test_foreign_locks(self) -> None:
+        """U28: downloads that wait for another process's locks keep no others from going on."""
+        holder = Holder(self)
+        all_asked: Deferred[None] = Deferred()
+
+        def lock(connection: Asked, request: str) -> None:
+            holder.ask("write", self.store.path + request.split()[1].removeprefix("/nar") + ".lock")
+            connection.send(answer(nar_of_file(b"content")))
+            if self.asked("/nar/") == len(paths):
+                all_asked.callback(None)
+
+        paths = [self.offer(f"item{number}") for number in range(MOST_PER_SERVER)]
+        for path in paths:
+            self.answers[f"/nar/{path.base}"] = lock
+        other, client = await self.client(), await self.client()
+        building = client.build_paths(paths)
+        await all_asked
+        await other.build_paths([self.offer("other")])
+        self.assertFalse(building.called)
+        holder.kill()
+        await building
+        self.assertEqual(self.text().count("waiting for the lock on"), len(paths))
 
     async def test_equal_files(self) -> None:
         """U27: files are shared with equal ones while they come, or not; nothing stays open."""
