@@ -12,7 +12,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build import foreign
 from guixd.build.foreign import released
+from guixd.store.items import Registration
 from guixd.store.locks import PathLocks, is_locked
+from tests.build.test_revisions import Case
 from tests.store.holder import Holder
 from tests.support import open_files, temporary_directory
 
@@ -103,3 +105,72 @@ class LookTests(SynchronousTestCase):
         waiting = released(clock, [f"{directory}/a", f"{directory}/b"])
         clock.advance(foreign.SETTLE)
         self.successResultOf(waiting)
+
+
+class BuildTests(Case):
+    """B35: builds whose outputs another process has locked."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.drv, self.other = self.world.derive("drv"), self.world.derive("other")
+        self.output = self.world.output(self.drv)
+        self.holder = Holder(self)
+        self.lock = self.output + ".lock"
+
+    def look(self) -> None:
+        for seconds in foreign.LOOK, foreign.SETTLE:
+            self.clock.advance(seconds)
+
+    def test_client_leaves(self) -> None:
+        """B8: who leaves meanwhile leaves nothing behind; the next one waits and builds."""
+        self.holder.ask("write", self.lock)
+        building = self.request(self.drv)
+        building.addErrback(lambda _: None)
+        building.cancel()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        building = self.request(self.drv)
+        self.look()
+        self.assertEqual(self.launcher.names, [])
+        self.holder.kill()
+        self.look()
+        self.launcher["drv"].finish()
+        self.successResultOf(building)
+
+    def test_made_meanwhile(self) -> None:
+        """What the other process has made is not built."""
+        self.holder.ask("write", self.lock)
+        building = self.request(self.drv)
+        Path(self.output).touch()
+        self.world.store.register([Registration(self.output, bytes(32), 120)])
+        self.holder.ask("stale", self.lock)
+        self.look()
+        self.successResultOf(building)
+        self.assertEqual(self.launcher.names, [])
+
+    def test_stop(self) -> None:
+        """A daemon that stops waits for no lock of which nothing but a build could come."""
+        self.holder.ask("write", self.lock)
+        building = self.request(self.drv, self.other)
+        self.world.engine.close()
+        self.assertNoResult(building)
+        self.launcher["other"].finish()
+        self.assertIn("stopping", self.error(building).text)
+        self.holder.kill()
+        self.look()
+        self.assertEqual(self.launcher.names, ["other"])
+
+    def test_locked_while_it_waits_for_a_slot(self) -> None:
+        """A build that has a slot, but then not the lock, lets others go on."""
+        third = self.world.derive("third", inputs=[self.other])
+        building = self.request(self.other, self.drv, third, max_jobs=1)
+        self.assertEqual(self.launcher.running, ["other"])
+        self.holder.ask("write", self.lock)
+        self.launcher["other"].finish()
+        self.assertEqual(self.launcher.running, ["third"])
+        self.holder.kill()
+        self.look()
+        self.assertEqual(self.launcher.running, ["third"])
+        self.launcher["third"].finish()
+        self.launcher["drv"].finish()
+        self.successResultOf(building)
+        self.assertEqual(self.launcher.names, ["other", "third", "drv"])

@@ -27,12 +27,13 @@ class Case(SynchronousTestCase):
     def setUp(self) -> None:
         self.launcher = FakeLauncher()
         self.downloads = FakeSubstitutes()
+        self.clock = Clock()
         self.world = World(
             self,
             users=8 if os.geteuid() == 0 else 0,
             launcher=self.launcher,
             threads=inline,
-            clock=Clock(),
+            clock=self.clock,
             substitutes=self.downloads,
         )
         self.downloads.store = self.world.store
