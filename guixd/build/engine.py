@@ -31,7 +31,7 @@ from guixd.build.durations import Durations
 from guixd.build.goals import Past, RequestRun
 from guixd.build.plan import Goal, Planner
 from guixd.build.protection import Protection
-from guixd.build.request import BuildMode, BuildRequest, Roots
+from guixd.build.request import BuildMode, BuildRequest, Roots, Wanted
 from guixd.build.scheduler import Scheduler, Share
 from guixd.build.shared import Attachment, Common, SharedBuild
 from guixd.build.substitutes import Substitutes
@@ -185,8 +185,8 @@ class Engine:
 
         :raises BuildError: an item that cannot be built cannot be replaced.
         """
-        shop, substitutes = self._workshop, self._substitutes
-        database, protection = shop.store.database, Protection(shop.reactor, roots)
+        shop, database = self._workshop, self._workshop.store.database
+        protection = Protection(shop.reactor, roots)
         left = []
         for want in request.wanted:
             paths = [want.path]
@@ -201,14 +201,36 @@ class Engine:
                 info = database.find_path_info(path)
                 if info is not None and await is_intact(shop.threads, path, info.nar_hash):
                     continue
-                result = None
-                if substitutes is not None and request.options.use_substitutes:
-                    options = request.options
-                    result = await substitutes.repair(path, options, observer, protection)
-                if not want.is_build and (result is None or not result.status.succeeded):
-                    text = "there are no substitutes" if result is None else result.text
-                    raise BuildError(f"cannot repair path `{path}': {text}")
+                problem = await self._replace(path, request, observer, roots)
+                if problem and not want.is_build:
+                    raise BuildError(f"cannot repair path `{path}': {problem}")
         return replace(request, wanted=tuple(left))
+
+    async def _replace(
+        self, path: StorePath, request: BuildRequest, observer: Observer, roots: Roots
+    ) -> str:
+        """Replace what is at PATH by a substitute, after what that refers to.
+
+        :return: why that was not possible; empty if it was.
+        """
+        substitutes, options = self._substitutes, request.options
+        if substitutes is None or not options.use_substitutes:
+            return "there are no substitutes"
+        offer = (await substitutes.find([path], options, observer)).get(path)
+        if offer is None:
+            return f"there is no substitute for `{path}'"
+        references = tuple(offer.narinfo.references - {path})
+        wanted = tuple(Wanted(reference, itself=True) for reference in references)
+        try:
+            # Those that are there already are protected, and that is all.
+            need = replace(request, wanted=wanted, mode=BuildMode.NORMAL)
+            await self._carry_out(need, observer, roots)
+        except BuildError as error:
+            return error.text
+        if self._workshop.store.database.valid_paths(references) != set(references):
+            return f"something that the substitute for `{path}' refers to is not valid"
+        result = await substitutes.repair(offer, options, observer)
+        return "" if result.status.succeeded else result.text
 
     def substitute(
         self, goal: Goal, request: RequestRun, observer: Observer

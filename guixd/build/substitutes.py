@@ -11,9 +11,8 @@ from guixd.build.broadcast import Observer
 from guixd.build.claims import Claims
 from guixd.build.keywarnings import KeyWarnings
 from guixd.build.lanes import Lanes
-from guixd.build.protection import Protection
 from guixd.build.request import ClientOptions, Level
-from guixd.build.results import Result, Status
+from guixd.build.results import Result
 from guixd.build.scheduler import Priority
 from guixd.build.servers import Servers
 from guixd.build.substitution import Attachment, Means, Substitution
@@ -98,30 +97,13 @@ class Substitutes:
             for other in tuple(running):
                 other.overtake()
 
-    async def repair(
-        self,
-        path: StorePath,
-        options: ClientOptions,
-        observer: Observer,
-        protection: Protection,
-    ) -> Result:
-        """Replace what is at PATH, valid or not, by a substitute if there is one (spec: build §6).
+    async def repair(self, offer: Offer, options: ClientOptions, observer: Observer) -> Result:
+        """Replace what is at a path, valid or not, by what OFFER has (spec: build §6).
 
-        What it refers to must be valid.
+        It is protected, as is what it refers to, which is valid.
 
-        :param protection: of PATH, and now of what it refers to.
         :return: of status `SUBSTITUTED`, or why that was not possible.
         """
-        offer = (await self.find([path], options, observer)).get(path)
-        if offer is None:
-            text = f"there is no substitute for `{path}'"
-            return Result(Status.NO_SUBSTITUTERS, text)
-        references = offer.narinfo.references - {path}
-        for reference in references:
-            await protection.add(reference)
-        if self._means.store.database.valid_paths(references) != references:
-            text = f"something that the substitute for `{path}' refers to is not valid"
-            return Result(Status.INCOMPLETE_CLOSURE, text)
         substitution, attachment = self._begin(
             Substitution(self._means, offer, options, (), repair=True), observer, options
         )

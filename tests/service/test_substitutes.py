@@ -258,6 +258,26 @@ class GoodServer(SubstituteCase):
         client = await self.client(urls=f"http://127.0.0.1:{unused_port()}")
         self.assertTrue(await client.verify_store(check_contents=True, repair=True))
 
+    async def test_repair_with_references(self) -> None:
+        """U17, U19: what the new contents refer to comes first; without it nothing is replaced."""
+        client = await self.client()
+        low = self.offer("low")
+        middle = self.offer("middle", b"m", (low,))
+        top = self.offer("top", b"t", (middle,))
+        await client.build_paths([top], 1)
+        self.assertEqual(await client.references(top), (middle,))
+        self.assertEqual(await client.references(middle), (low,))
+        none = self.path("none")
+        text = await self.fails(client.build_paths([self.offer("alone", b"a", (none,))], 1))
+        self.assertIn("refers to is not valid", text)
+        self.assertNothing(self.path("alone"))
+        self.answers[f"/nar/{self.offer('broken').base}"] = answer(b"", status="500 No")
+        text = await self.fails(
+            client.build_paths([self.offer("upper", b"u", (self.path("broken"),))], 1)
+        )
+        self.assertIn("500 No", text)
+        self.assertNothing(self.path("upper"))
+
 
 class WhoCounts(SubstituteCase):
     """Whose word counts."""
