@@ -55,6 +55,19 @@ class Encoding(SynchronousTestCase):
         self.assertEqual(decode(wire.NAME_SET, wire.NAMES.encode(("b", "a", "b"))), ("a", "b"))
         self.assertEqual(decode(wire.NAMES, wire.NAMES.encode(("b", "a", "b"))), ("b", "a", "b"))
 
+    def test_flags(self) -> None:
+        """P13: what counts as true: of a flag all but 0, of others 1 alone; written are 0 and 1."""
+        for number, flag, one in ((0, False, False), (1, True, True), (2, True, False)):
+            self.assertIs(decode(wire.FLAG, wire.encode_int(number)), flag)
+            self.assertIs(decode(wire.ONE, wire.encode_int(number)), one)
+        for kind in (wire.FLAG, wire.ONE):
+            self.assertIs(decode(kind, wire.encode_int(2**32 - 1)), kind is wire.FLAG)
+            for value in (False, True):
+                self.assertEqual(kind.encode(value), wire.encode_int(int(value)))
+            source = Source()
+            source.feed(bytes(7))
+            self.assertIs(kind.begin().resume(source), MORE)
+
 
 class Strictness(SynchronousTestCase):
     """What is refused."""

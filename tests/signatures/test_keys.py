@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -101,6 +102,18 @@ class AccessControl(SynchronousTestCase):
         self.assertEqual((directory / "acl").stat().st_mode & 0o7777, 0o644)
         self.assertEqual(len(list(directory.iterdir())), 3)
 
+    def test_made_meanwhile(self) -> None:
+        """S30: a list that somebody else makes at the same time is the one that counts."""
+        directory = configuration(self, acl=False)
+
+        def others_first(place: str) -> Expression:
+            (directory / "acl").write_bytes(acl(key(1)))
+            return read_public_key(place)
+
+        with patch("guixd.signatures.acl.read_public_key", others_first):
+            self.assertEqual(Acl(str(directory)).keys(), {key(1)})
+        self.assertEqual(len(list(directory.iterdir())), 3)
+
     def test_cannot_be_read(self) -> None:
         directory = configuration(self, acl=False)
         (directory / "acl").mkdir()
@@ -124,3 +137,54 @@ class AccessControl(SynchronousTestCase):
                     self.acl.keys()
         self.file.write_bytes(pretty((b"acl", good)))
         self.assertTrue(self.acl.authorises(key(1)))
+
+    def test_each_mark(self) -> None:
+        """A list that is rewritten in place counts, be it only its time or its size that tells."""
+        self.file.write_bytes(acl(key(1)))
+        before = self.file.stat()
+        self.assertEqual(self.acl.keys(), {key(1)})
+        self.file.write_bytes(acl(key(2)))
+        os.utime(self.file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        self.assertEqual((self.file.stat().st_size, self.acl.keys()), (before.st_size, {key(2)}))
+        os.utime(self.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self.assertEqual(self.acl.keys(), {key(2)})
+        self.file.write_bytes(acl())
+        os.utime(self.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self.assertEqual(self.acl.keys(), frozenset())
+
+    def test_kept(self) -> None:
+        """A list that has not changed is not read again."""
+        self.file.write_bytes(acl(key(1)))
+        known = self.acl.keys()
+        self.assertIs(self.acl.keys(), known)
+
+    def test_place_is_none(self) -> None:
+        """A configuration directory that is none is an error, and not an empty list."""
+        self.file.write_bytes(b"")
+        with self.assertRaisesRegex(SignatureError, "cannot read .*acl/acl': Not a directory"):
+            Acl(str(self.file)).keys()
+
+    def test_shortcoming(self) -> None:
+        """U29: whose signatures do not count, and what to do about it."""
+        directory = configuration(self, acl=False)
+        own, file = parse(golden("ecc.pub")), directory / "acl"
+        control = Acl(str(directory))
+        for keys, who in (
+            ((), "nobody is authorised"),
+            ((own,), "only this machine itself is authorised"),
+            ((key(1),), ""),
+            ((own, key(1)), ""),
+        ):
+            file.write_bytes(acl(*keys))
+            said = control.shortcoming()
+            if who:
+                self.assertTrue(said.startswith(f"{who} to sign substitutes, so that none"), said)
+                self.assertIn(f"authorise their keys in '{file}' by 'guix archive", said)
+            else:
+                self.assertEqual(said, "")
+        # Without a key of its own the machine cannot be the one that is authorised.
+        file.write_bytes(acl(own))
+        (directory / "signing-key.pub").unlink()
+        self.assertEqual(control.shortcoming(), "")
+        (directory / "signing-key.pub").write_bytes(b"(")
+        self.assertEqual(control.shortcoming(), "")

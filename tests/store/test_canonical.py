@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 from guixd.errors import BuildError, StoreError
 from guixd.store.trees import (
@@ -121,6 +125,46 @@ class CanonicaliseTests(TreeTestCase):
         for name in ("t", "t/f"):
             self.assertEqual(os.listxattr(self.at(name)), [])
 
+    def test_exchanged(self) -> None:
+        """I-PATH: what has taken the place of a file that was looked at is left alone."""
+        self.make("t", {b"f": File(b"x")})
+        self.make("other", File(b"y"))
+        os.chmod(self.at("other"), 0o640)
+        known = os.stat
+        number = len(os.listdir("/proc/self/fd"))
+
+        def looked_at(*arguments: Any, **more: Any) -> os.stat_result:
+            status = known(*arguments, **more)
+            if arguments[0] == "f" and os.path.exists(self.at("other")):
+                os.rename(self.at("other"), self.at("t/f"))
+            return status
+
+        with patch("os.stat", looked_at), self.assertRaises(StoreError) as caught:
+            canonicalise(self.fd, "t", None, set())
+        self.assertEqual(caught.exception.text, "file 'f' was exchanged while it was in use")
+        self.assertEqual(self.mode("t/f"), 0o640)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), number)
+
+    def test_trouble_with_attributes(self) -> None:
+        """B21: a file system without attributes is fine, one that keeps them is not."""
+        self.make("t", File(b"x"))
+
+        def refuse(number: int) -> Callable[..., list[str]]:
+            def attributes(*_: object) -> list[str]:
+                raise OSError(number, os.strerror(number))
+
+            return attributes
+
+        with patch("os.listxattr", refuse(errno.ENOTSUP)):
+            canonicalise(self.fd, "t", None, set())
+        with patch("os.listxattr", refuse(errno.EIO)):
+            self.assertRaises(StoreError, canonicalise, self.fd, "t", None, set())
+        with patch("os.listxattr", lambda _: ["user.one", "user.two"]):
+            with patch("os.removexattr", refuse(errno.ENODATA)):
+                canonicalise(self.fd, "t", None, set())
+            with patch("os.removexattr", refuse(errno.EPERM)):
+                self.assertRaises(StoreError, canonicalise, self.fd, "t", None, set())
+
 
 @requires_root
 class OwnerTests(TreeTestCase):
@@ -210,6 +254,16 @@ class OwnerTests(TreeTestCase):
         self.assertEqual(os.listxattr(self.at("t/f")), [])
         self.assertEqual(os.listxattr(self.at("t")), [])
         self.assertEqual((self.mode("t"), self.mode("t/f")), (0o555, 0o555))
+
+    def test_labels(self) -> None:
+        """B21: what a security module has written on a file stays."""
+        self.make("t", File(b"x"))
+        try:
+            os.setxattr(self.at("t"), "security.label", b"x")
+        except OSError:
+            require(False, "the right to label files")
+        canonicalise(self.fd, "t", None, set())
+        self.assertEqual(os.listxattr(self.at("t")), ["security.label"])
 
     def test_check_output_owner(self) -> None:
         """B20: the top of an output must belong to the build user."""
