@@ -161,9 +161,11 @@ class Collection:
     # --- choosing what to delete ------------------------------------------------------
 
     def choose_all(self) -> None:
-        """Delete all that is dead: leftovers first, then items in random order."""
+        """Delete all that is dead: leftovers first, then items, to a limit in random order."""
         self._due_names = deque(self._leftovers)
         rows = list(self._marked.dead)
+        if not self._rules.keep_outputs:
+            rows.reverse()  # outputs are younger than their derivations, see `_keep`
         if self._rules.max_freed != NO_LIMIT:
             # Otherwise the limit would always save the same ones.
             random.shuffle(rows)
