@@ -11,9 +11,10 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from errno import ENOBUFS, ENOMEM, ETOOMANYREFS
 from typing import Any, TypeAlias
 
-from twisted.internet.interfaces import IReactorFDSet, IReadWriteDescriptor
+from twisted.internet.interfaces import IDelayedCall, IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -23,6 +24,10 @@ _LARGEST = 160 << 10
 _READ_AT_ONCE = 64
 """Most packets taken in one turn of the reactor."""
 _MOST_DESCRIPTORS = 4
+_PASSING = (ENOBUFS, ENOMEM, ETOOMANYREFS)
+"""Errors that pass, without anything that tells; the last one: others have not taken theirs yet."""
+_RETRY = 0.05
+"""Seconds until what could not be sent for such an error is sent again."""
 
 Received: TypeAlias = Callable[[list[Any], bytes, list[int]], None]
 
@@ -31,6 +36,7 @@ Received: TypeAlias = Callable[[list[Any], bytes, list[int]], None]
 class Channel:
     """One end, which owns its socket.
 
+    :param reactor: an `IReactorFDSet` and `IReactorTime`.
     :param received: gets the list, the bytes and the descriptors of each packet, which
         it closes.
     :param lost: called once when the other end is gone, but not after `close`.
@@ -38,7 +44,7 @@ class Channel:
 
     def __init__(
         self,
-        reactor: IReactorFDSet,
+        reactor: Any,
         end: socket.socket,
         received: Received,
         lost: Callable[[], None],
@@ -48,6 +54,7 @@ class Channel:
         self._received = received
         self._lost = lost
         self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._later: IDelayedCall | None = None
         self._open = True
         end.setblocking(False)
         reactor.addReader(self)
@@ -69,6 +76,8 @@ class Channel:
             self._open = False
             self._reactor.removeReader(self)
             self._reactor.removeWriter(self)
+            if self._later is not None:
+                self._later.cancel()
             self._socket.close()
             while self._queue:
                 _close(self._queue.popleft()[1])
@@ -87,6 +96,7 @@ class Channel:
         return "channel"
 
     def doWrite(self) -> None:
+        self._later = None
         while self._queue and self._open:
             packet, descriptors = self._queue[0]
             try:
@@ -94,8 +104,12 @@ class Channel:
             except BlockingIOError:
                 self._reactor.addWriter(self)
                 return
-            except OSError:  # The other end is gone, which reading tells.
-                pass
+            except OSError as error:
+                if error.errno in _PASSING:
+                    self._reactor.removeWriter(self)
+                    self._later = self._reactor.callLater(_RETRY, self.doWrite)
+                    return
+                # The other end is gone, which reading tells.
             self._queue.popleft()
             _close(descriptors)
         if self._open:
