@@ -7,9 +7,11 @@ touched is reached by descriptors only.
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from guixd.build.leftovers import RUNNING, claim
 from guixd.build.users import BuildUser
@@ -22,7 +24,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOP = "top"
 _STORE = "store"
 _TMP = "tmp"
-_MOST_NUMBERS = 100_000
+_IN_ORDER = 100
+"""How many numbers are tried in their order: anybody may have made directories with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +195,19 @@ class Workspace:
 
 
 def _make_outside(prefix: str, mode: int) -> str:
-    """Create the first PREFIX-N that does not exist, for the daemon only.
+    """Create a PREFIX-N, the first that does not exist if that is soon found, for us only.
 
     It has its MODE at once, by which the next daemon knows it if all else fails.
     """
-    for number in range(_MOST_NUMBERS):
+    others = (secrets.randbelow(1 << 31) for _ in range(_IN_ORDER))
+    for number in chain(range(_IN_ORDER), others):
         outside = f"{prefix}-{number}"
         try:
             os.mkdir(outside, mode)
         except FileExistsError:
             continue
         return outside
-    raise StoreError(f"there are {_MOST_NUMBERS} build trees '{prefix}-N' already")
+    raise StoreError(f"there are too many build trees '{prefix}-N' already")
 
 
 def _make_chroot(chroot: str, user: BuildUser | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -79,6 +80,12 @@ class WorkspaceTests(_Workspaces):
         Path(self.outside[:-1] + "2").touch()
         self.assertEqual(self.create().outside, self.outside[:-1] + "3")
         self.assertEqual(os.listdir(self.outside), [])
+
+    def test_all_names_taken(self) -> None:
+        """X33: whoever makes directories with all the next names keeps no build from its own."""
+        for number in range(1000):
+            os.mkdir(f"{self.outside[:-1]}{number}")
+        self.assertRegex(self.create().outside, re.escape(self.outside[:-1]) + "[0-9]{4,}$")
 
     def test_stale_chroot(self) -> None:
         """X18: what an earlier build left in the way is deleted."""
