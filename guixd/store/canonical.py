@@ -22,6 +22,7 @@ InodesSeen = set[tuple[int, int]]
 """Device and inode of the files with several links that one build made."""
 
 _Result = TypeVar("_Result")
+_Links = Counter[tuple[int, int]]
 _UNSAFE = stat.S_ISUID | stat.S_ISGID | stat.S_IWOTH
 _STORED = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
 _PIPES = (stat.S_IFSOCK, stat.S_IFIFO)
@@ -104,10 +105,15 @@ def _canonicalise_directory(fd: int, status: os.stat_result) -> None:
 
 
 def _take(path: str, status: os.stat_result) -> None:
-    """Make the inode behind PATH the daemon's and drop its extended attributes."""
+    """Make the inode behind PATH the daemon's, without extended attributes."""
     uid, gid = os.geteuid(), os.getegid()
     if (status.st_uid, status.st_gid) != (uid, gid):
         os.chown(path, uid, gid)
+    _drop_attributes(path)
+
+
+def _drop_attributes(path: str) -> None:
+    """Drop the extended attributes of the inode behind PATH, access control lists among them."""
     try:
         attributes = os.listxattr(path)
     except OSError as error:
@@ -130,11 +136,18 @@ def _is_of_system(attribute: str) -> bool:
 
 
 class _Handle:
-    """An O_PATH descriptor of the node NAME, as a file name that leads to its inode."""
+    """An O_PATH descriptor of the node NAME, as a file name that leads to its inode.
 
-    def __init__(self, name: str, dir_fd: int | None, status: os.stat_result) -> None:
+    :param links: how many links of what has several the tree has, if it may have no others.
+    """
+
+    def __init__(
+        self, name: str, dir_fd: int | None, status: os.stat_result, links: _Links | None = None
+    ) -> None:
         self._fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        if identity(os.fstat(self._fd)) != identity(status):
+        now = os.fstat(self._fd)
+        more = links is not None and now.st_nlink > max(1, links[identity(now)])
+        if identity(now) != identity(status) or (more and not stat.S_ISDIR(now.st_mode)):
             os.close(self._fd)
             raise StoreError(f"file '{name}' was exchanged while it was in use")
 
@@ -176,20 +189,24 @@ def _unsupported(path: str, mode: int) -> StoreError:
 def strip(dir_fd: int | None, name: str, *, pipes: bool = True, check: Check = go_on) -> None:
     """Clear setuid, setgid and write permission for others on NAME and all below it.
 
+    Extended attributes go, too, since access control lists permit as well.
+
     :param pipes: whether sockets and FIFOs may be in it.
     :param check: called for each node.
     :raises StoreError: a device or other special file, or a file with links
         from elsewhere; nothing was changed then.
     """
-    _guarded(name, lambda: _check_links(dir_fd, name, pipes, check))
-    _guarded(name, lambda: walk(dir_fd, name, _strip_node, check=check))
+    links = _guarded(name, lambda: _check_links(dir_fd, name, pipes, check))
 
+    def strip_node(down: Descent, name: str, status: os.stat_result) -> None:
+        mode = status.st_mode
+        if not stat.S_ISLNK(mode):
+            with _Handle(name, down.fd, status, links) as path:
+                _drop_attributes(path)
+                if mode & _UNSAFE:
+                    os.chmod(path, stat.S_IMODE(mode) & ~_UNSAFE)
 
-def _strip_node(down: Descent, name: str, status: os.stat_result) -> None:
-    mode = status.st_mode
-    if mode & _UNSAFE and not stat.S_ISLNK(mode):
-        with _Handle(name, down.fd, status) as path:
-            os.chmod(path, stat.S_IMODE(mode) & ~_UNSAFE)
+    _guarded(name, lambda: walk(dir_fd, name, strip_node, check=check))
 
 
 def chown_tree(dir_fd: int | None, name: str, uid: int, gid: int) -> None:
@@ -197,24 +214,26 @@ def chown_tree(dir_fd: int | None, name: str, uid: int, gid: int) -> None:
 
     :raises StoreError: as for `strip`, or it is not permitted.
     """
+    links = _guarded(name, lambda: _check_links(dir_fd, name))
 
     def give(down: Descent, name: str, status: os.stat_result) -> None:
         if not stat.S_ISDIR(status.st_mode):
-            os.chown(name, uid, gid, dir_fd=down.fd, follow_symlinks=False)
+            with _Handle(name, down.fd, status, links) as path:
+                os.chown(path, uid, gid)
 
     def give_directory(fd: int, _status: os.stat_result) -> None:
         os.chown(fd, uid, gid)
 
-    _guarded(name, lambda: _check_links(dir_fd, name))
     _guarded(name, lambda: walk(dir_fd, name, give, give_directory))
 
 
-def _check_links(dir_fd: int | None, name: str, pipes: bool = True, check: Check = go_on) -> None:
+def _check_links(dir_fd: int | None, name: str, pipes: bool = True, check: Check = go_on) -> _Links:
     """Refuse what must not change hands: devices, and files with links outside the tree.
 
     :param pipes: whether sockets and FIFOs may.
+    :return: how many links each file has that has several.
     """
-    links: Counter[tuple[int, int]] = Counter()
+    links: _Links = Counter()
     wanted: dict[tuple[int, int], tuple[int, str]] = {}
 
     def visit(down: Descent, name: str, status: os.stat_result) -> None:
@@ -229,6 +248,7 @@ def _check_links(dir_fd: int | None, name: str, pipes: bool = True, check: Check
     for key, (count, path) in wanted.items():
         if links[key] < count:
             raise StoreError(f"file '{path}' has links from outside of its tree")
+    return links
 
 
 def _guarded(name: str, step: Callable[[], _Result]) -> _Result:

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from guixd.errors import BuildError, StoreError
+from guixd.store import canonical
 from guixd.store.trees import (
     InodesSeen,
     canonicalise,
@@ -21,7 +22,7 @@ from guixd.store.trees import (
     strip,
 )
 from tests.archives import File, Link, Tree, read_tree, write_tree
-from tests.support import DirectoryTestCase, require, requires_root
+from tests.support import DirectoryTestCase, is_root, require, requires_root
 
 BUILDER = 61234
 """A uid of nobody else's."""
@@ -35,6 +36,18 @@ class TreeTestCase(DirectoryTestCase):
 
     def mode(self, name: str) -> int:
         return stat.S_IMODE(os.lstat(self.at(name)).st_mode)
+
+    def set_access_lists(self, file: str, directory: str) -> None:
+        """Permit another user to write to FILE, and to what will be made in DIRECTORY."""
+        text = (
+            "02000000 01000700ffffffff 02000600 32ef0000 04000500ffffffff"
+            "10000700ffffffff 20000500ffffffff"
+        )
+        try:
+            os.setxattr(self.at(file), "system.posix_acl_access", bytes.fromhex(text))
+            os.setxattr(self.at(directory), "system.posix_acl_default", bytes.fromhex(text))
+        except OSError:
+            require(False, "a file system with access control lists")
 
 
 class CanonicaliseTests(TreeTestCase):
@@ -237,19 +250,8 @@ class OwnerTests(TreeTestCase):
         """B21: file capabilities and access control lists are dropped."""
         self.make("t", {b"f": File(b"x", True)})
         capability = bytes.fromhex("0100000200200000000000000000000000000000")
-        everyone = bytes.fromhex(
-            "02000000 01000700ffffffff 02000600 32ef0000 04000500ffffffff"
-            "10000700ffffffff 20000500ffffffff"
-        )
         os.setxattr(self.at("t/f"), "security.capability", capability)
-        for name, attribute in (
-            ("t/f", "system.posix_acl_access"),
-            ("t", "system.posix_acl_default"),
-        ):
-            try:
-                os.setxattr(self.at(name), attribute, everyone)
-            except OSError:
-                require(False, "a file system with access control lists")
+        self.set_access_lists("t/f", "t")
         canonicalise(self.fd, "t", None, set())
         self.assertEqual(os.listxattr(self.at("t/f")), [])
         self.assertEqual(os.listxattr(self.at("t")), [])
@@ -320,6 +322,38 @@ class StripTests(TreeTestCase):
                 step()
             self.assertIn("t/f", caught.exception.text)
         self.assertEqual(self.mode("secret"), 0o4606)
+
+    def test_links_planted(self) -> None:
+        """CVE-2021-27851: so is one that was planted when the links had been counted."""
+        self.make("secret", File(b"x"))
+        os.chmod(self.at("secret"), 0o4606)
+        self.make("t", {})
+        check = canonical._check_links
+
+        def slow(*args: Any) -> Any:
+            links = check(*args)
+            os.link(self.at("secret"), self.at("t/f"))
+            return links
+
+        self.patch(canonical, "_check_links", slow)
+        before = os.lstat(self.at("secret"))
+        for step in (
+            lambda: strip(self.fd, "t"),
+            lambda: chown_tree(self.fd, "t", BUILDER if is_root() else os.geteuid(), -1),
+        ):
+            self.assertRaises(StoreError, step)
+            os.unlink(self.at("t/f"))
+        self.assertEqual(self.mode("secret"), 0o4606)
+        self.assertEqual(os.lstat(self.at("secret")).st_uid, before.st_uid)
+
+    def test_attributes(self) -> None:
+        """CVE-2025-52992: access control lists permit nothing either, on directories and files."""
+        self.make("t", {b"f": File(b"x"), b"d": {b"p": File()}})
+        self.set_access_lists("t/d/p", "t")
+        os.setxattr(self.at("t/f"), "user.note", b"x")
+        strip(self.fd, "t")
+        for name in ("t", "t/f", "t/d/p"):
+            self.assertEqual(os.listxattr(self.at(name)), [])
 
 
 @requires_root
