@@ -173,6 +173,15 @@ class SmallTests(RemovalTestCase):
             remove(self.fd, "t")
         self.assertEqual(os.listdir(self.fd), [])
 
+    def test_blocks_beyond_the_end(self) -> None:
+        """A file may have more blocks than bytes."""
+        os.mkdir(self.at("t"))
+        os.close(os.open(self.at("t/f"), os.O_CREAT))
+        command = ["fallocate", "--keep-size", "--length", "4M", self.at("t/f")]
+        subprocess.run(command, check=True)
+        self.assertEqual(os.stat(self.at("t/f")).st_size, 0)
+        self.assertFalse(remove_small(self.fd, "t"))
+
     def test_links_and_missing(self) -> None:
         """Only directories are removed so; a link in place of one is not followed."""
         write_tree(os.fsencode(self.at("keep")), {b"f": File(b"x")})
