@@ -29,7 +29,10 @@ from guixd.errors import BuildError
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildFailed, BuildFailedBefore
 
-NO_SLOTS = "unable to start any build: `--max-jobs' is 0 and none can be offloaded"
+NO_SLOTS = (
+    "unable to start any build: `--max-jobs' is 0 and none can be offloaded;"
+    " with `--max-jobs=1' it is done here"
+)
 STOPPING = "the build daemon is stopping and begins no more builds; try again when it is back"
 CIRCLE = "derivations depend on each other in a circle"
 

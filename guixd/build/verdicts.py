@@ -43,8 +43,7 @@ def builder_failed(
         end += f": {limit}"
     elif signal.SIGKILL in (reason.signal, (reason.exitCode or 0) - _SHELL):
         advice.append(KILLED)
-    advice += _foreign(job.drv.platform, settings)
-    advice += _keeping(job)
+    advice += _foreign(job.drv.platform, settings) or _keeping(job)
     transient = bool(full or limit) or job.drv.has_fixed_outputs
     return BuildFailure(
         Status.TRANSIENT_FAILURE if transient else Status.PERMANENT_FAILURE,

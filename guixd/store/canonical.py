@@ -172,7 +172,7 @@ def check_output(dir_fd: int | None, name: str, owner: int | None) -> os.stat_re
         mode = stat.S_IMODE(status.st_mode)
         raise BuildError(
             f"suspicious ownership or permission on '{name}' (mode {mode:o}, user {status.st_uid});"
-            " output rejected"
+            " output rejected: it must be the build user's, with write permission for no others"
         )
     return status
 

@@ -78,7 +78,8 @@ KINDS = {
     ),
     "FIFO": Kind("mkfifo $out", ("it is a FIFO, but the store has only",), 1, "", False),
     "writable": Kind(
-        "echo > $out; chmod 664 $out", ("suspicious ownership or permission", "mode 664"), 1,
+        "echo > $out; chmod 664 $out",
+        ("suspicious ownership or permission", "mode 664", "write permission for no others"), 1,
         REJECTED + "suspicious", False,
     ),
     "reference": Kind(

@@ -216,7 +216,7 @@ class NoJobsTests(PlayedCase):
         client = await self.client()
         drv, _ = await self.derive(client, "x", "true")
         error = await self.assertFailure(client.build_paths([drv]), RequestFailed)
-        self.assertIn("unable to start any build", error.text)
+        self.assertRegex(error.text, "unable to start any build.*`--max-jobs=1'")
 
 
 class SystemTests(PlayedCase):
