@@ -39,7 +39,8 @@ class Channel:
     :param reactor: an `IReactorFDSet` and `IReactorTime`.
     :param received: gets the list, the bytes and the descriptors of each packet, which
         it closes.
-    :param lost: called once when the other end is gone, but not after `close`.
+    :param lost: called once when the other end is gone, or sends what is no packet, but not
+        after `close`.
     """
 
     def __init__(
@@ -129,12 +130,15 @@ class Channel:
             return False
         except OSError:
             packet, descriptors = b"", []
-        if not packet:
+        line, _, data = packet.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):  # It is at its end, or talks nonsense.
+            _close(descriptors)
             self.close()
             self._lost()
             return False
-        line, _, data = packet.partition(b"\n")
-        self._received(json.loads(line), data, descriptors)
+        self._received(message, data, descriptors)
         return True
 
     def connectionLost(self, reason: Failure) -> None:

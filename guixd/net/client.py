@@ -29,6 +29,7 @@ it is taken for dead."""
 TRIES = 3
 """How many helpers in turn may die of one lookup."""
 _URLS_AT_ONCE = 200
+_LARGEST = 1 << 62
 _LOST = "the process that downloads has died"
 _STOPPING = "the daemon is stopping"
 
@@ -288,8 +289,9 @@ class Fetcher:
             job.done.callback(fetched)
         elif what == "failed":
             kind, text, status = arguments
+            error = FetchError(str(kind), str(text), int(status))
             self._forget(number)
-            job.done.errback(FetchError(str(kind), str(text), int(status)))
+            job.done.errback(error)
 
     def _answer(self, number: int, job: _Lookup, data: bytes, *told: Any) -> None:
         index, status, max_age, kind, baking, more = told
@@ -301,9 +303,9 @@ class Fetcher:
             raise ValueError("an answer is too long")
         if more:
             return
-        del job.open[index], job.parts[index]
         age = None if max_age is None else int(max_age)
         answer = Answer(int(status), b"".join(parts), age, str(kind), bool(baking))
+        del job.open[index], job.parts[index]
         if not job.open:
             self._forget(number)
         job.answered(index, answer)
@@ -357,10 +359,12 @@ class Fetcher:
 
 
 def _head(told: dict[str, Any]) -> Head:
-    size = told["size"]
+    size = None if told["size"] is None else int(told["size"])
+    if size is not None and not 0 <= size < _LARGEST:
+        raise ValueError("a body cannot be so large")
     return Head(
         str(told["url"]),
-        None if size is None else int(size),
+        size,
         int(told["offset"]),
         str(told["validator"]),
     )

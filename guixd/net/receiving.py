@@ -84,7 +84,7 @@ async def receive(
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE)
     except OSError:
         pass  # There is a limit for all pipes of a user.
-    pipe = _Pipe(reactor, threads, read_end, consume)
+    pipe = _Pipe(reactor, threads, read_end, consume, request.limit)
     problem: list[Exception] = []
 
     def began(what: Head) -> None:
@@ -106,6 +106,7 @@ async def receive(
     fetching = fetcher.fetch(request, write_end, head=began, progress=progress, source=source)
     try:
         fetched = await fetching
+        pipe.start()
         await pipe.ended
         if problem:  # of the last piece, or who waited gave up
             raise problem[0]
@@ -134,12 +135,14 @@ class _Pipe:
         threads: Callable[..., Deferred[Any]],
         descriptor: int,
         consume: Callable[[bytes], object],
+        limit: int | None,
     ) -> None:
         self.ended: Deferred[None] = Deferred()
         self._reactor = reactor
         self._threads = threads
         self._descriptor = descriptor
         self._consume = consume
+        self._limit = limit
         self.taken = 0
         self.started = False
         self._step: Deferred[Any] | None = None
@@ -221,6 +224,8 @@ class _Pipe:
 
     def _take(self, data: bytes) -> None:
         self.taken += len(data)
+        if self._limit is not None and self.taken > self._limit:
+            raise FetchError("limit", f"more than {self._limit} bytes came")
         self._consume(data)
 
     def _stepped(self, result: bool | Failure) -> None:
