@@ -8,9 +8,10 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
@@ -93,6 +94,18 @@ def open_names() -> set[str]:
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             found.add(os.readlink(f"/proc/self/fd/{number}"))
+    return found
+
+
+def processes_of(uids: Container[int]) -> list[str]:
+    """Return the processes of UIDS, without those that have ended but were not reaped."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(FileNotFoundError, ProcessLookupError):  # It has ended.
+            process = Path("/proc", name)
+            state = process.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+            if process.stat().st_uid in uids and state != "Z":
+                found.append(name)
     return found
 
 

@@ -25,7 +25,7 @@ from guixd.formats.path import StorePath
 from guixd.settings import Directories, Settings, UidRange
 from guixd.store.local import LocalStore
 from guixd.store.trees import dump
-from tests.support import temporary_directory
+from tests.support import processes_of, temporary_directory
 
 BUSYBOX = "/bin/busybox"
 TOOLS = (
@@ -278,15 +278,5 @@ __all__ = ["Recorder", "TestCase", "World", "reactor"]
 
 
 def processes() -> list[str]:
-    """Return the processes of build users, zombies aside."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                uid = entry.stat().st_uid
-                state = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if uid in (FIRST_UID, FIRST_UID + 1) and state != "Z":
-                found.append(entry.name)
-    return found
+    """Return the processes of build users."""
+    return processes_of((FIRST_UID, FIRST_UID + 1))

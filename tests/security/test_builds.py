@@ -19,7 +19,7 @@ from guixd.settings import UidRange
 from tests.security.test_requests import resident
 from tests.service.test_real_builds import FIRST_UID, RealCase
 from tests.service.world import EndpointAs, set_options
-from tests.support import requires_root
+from tests.support import processes_of, requires_root
 
 FOREIGNER = 61998
 FIRST = FIRST_UID + 8
@@ -36,18 +36,6 @@ def mounts(directory: str) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     ours = (line for line in lines if directory in line or "/guixd-test-" not in line)
     return [line.split(" ", 3)[3] for line in ours]
-
-
-def processes_of(uids: range) -> list[str]:
-    """Return the processes of UIDS."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{name}").st_uid in uids:
-                found.append(name)
-        except FileNotFoundError:
-            pass
-    return found
 
 
 @requires_root

@@ -6,7 +6,6 @@ specification one text with both.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.service.downloads import DownloadCase, quoted
 from tests.service.test_git_downloads import FIRST_UID
 from tests.service.test_heritage import VAULT, FakeArchive
 from tests.service.world import set_options
-from tests.support import temporary_directory
+from tests.support import processes_of, temporary_directory
 
 SPECIFICATION = f'(disarchive (addresses (swhid "{TOP}")))\n'
 CONTENT = b"from the tree\n" + SPECIFICATION.encode()
@@ -138,8 +137,4 @@ class DisarchiveTest(DownloadCase):
         self.assertIn("timed out", text)
         self.assertFalse(os.path.lexists(out))
         self.assertIn("GET " + VAULT, self.archive.asked)
-        owners = set()
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # It may have ended.
-                owners.add(process.stat().st_uid)
-        self.assertEqual(owners & {FIRST_UID + 4, FIRST_UID + 5}, set())
+        self.assertEqual(processes_of((FIRST_UID + 4, FIRST_UID + 5)), [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -22,7 +21,7 @@ from tests.build.test_goals import Fake
 from tests.service.program import PROGRAM, TWISTD, Program
 from tests.service.test_real_builds import RealCase
 from tests.service.world import DaemonCase
-from tests.support import is_root
+from tests.support import is_root, processes_of
 
 
 class DrainTests(SynchronousTestCase):
@@ -188,17 +187,10 @@ class SignalTests(RealCase):
         found += Path(self.directory, "var/temproots").iterdir()
         found += Path(self.directory, "var/db").glob("*-wal")
         found += Path(self.directory, "var/daemon-socket").iterdir()
-        found += [
-            process for process in Path("/proc").glob("[0-9]*") if self.is_of_builder(process)
-        ]
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         left = [mount for mount in mounts if self.directory in mount]
+        left += processes_of((self.uid, self.uid + 1))
         return left + [str(each) for each in found if each.name != "guixd"]
-
-    def is_of_builder(self, process: Path) -> bool:
-        with contextlib.suppress(OSError):
-            return process.stat().st_uid in (self.uid, self.uid + 1)
-        return False
 
     async def test_first(self) -> None:
         """O20: after one signal the builder ends in peace, then the daemon does."""
