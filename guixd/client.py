@@ -109,7 +109,7 @@ class _Wire(Protocol):
     def __init__(self, store: StoreDirectory, log: Callable[[bytes], None]) -> None:
         self.log = log
         self.version = 0
-        self.greeted: Deferred[None] = Deferred(self._cancelled)
+        self.greeted: Deferred[None] = Deferred(lambda greeted: self.abandon())
         self.lost = False
         self.closing: list[Deferred[None]] = []
         self.over: Failure | None = None
@@ -134,9 +134,6 @@ class _Wire(Protocol):
     def _refused(self, failure: Failure) -> None:
         self.transport.loseConnection()
         self.greeted.errback(failure)
-
-    def _cancelled(self, result: object) -> None:
-        self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
         self._source.feed(data)
@@ -185,7 +182,7 @@ class _Wire(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._end(failure_of(Disconnected(f"the daemon closed the connection: {reason.value}")))
-        self.resumeProducing()
+        self.resumeProducing()  # only now, or what is left of a body would be read for nobody
         self.lost = True
         for closed in self.closing:
             closed.callback(None)
@@ -228,7 +225,7 @@ class _Wire(Protocol):
             waiting.callback(None)
 
     def stopProducing(self) -> None:
-        self.resumeProducing()
+        """Do nothing: `connectionLost` follows."""
 
 
 def nar_of_tree(path: str) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from guixd.client import Client, Disconnected, RequestFailed, connect, nar_of_tree
@@ -201,6 +203,38 @@ class Clients(TestCase):
         await self.daemon.sessions[0].over
         self.assertEqual(fate, ["cancelled"])
         await self.assertFailure(client.sync_with_gc(), Disconnected)
+
+    @asynchronous
+    async def test_cancelled_greeting(self) -> None:
+        """P27: who does not wait for the greeting any more is told of no other failure."""
+        path = temporary_directory(self) + "/silent"
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(path)
+            listening.listen()
+            connecting = Deferred.fromCoroutine(connect(UNIXClientEndpoint(reactor, path)))
+            server, _ = await deferToThread(listening.accept)
+        with server:
+            await deferToThread(server.recv, 1)
+            connecting.cancel()
+            await self.assertFailure(connecting, CancelledError)
+            while await deferToThread(server.recv, 4096):
+                pass
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    @asynchronous
+    async def test_lost_while_adding(self) -> None:
+        """P14: nothing more of an archive is read when the daemon has gone."""
+
+        def add(operation: object) -> Deferred[bytes]:
+            self.daemon.sessions[0].connection.abort()
+            return Deferred()
+
+        self.daemon.answers[op.AddToStore] = add
+        client = await self.client()
+        blocks = iter([bytes(1 << 20)] * 20)
+        await self.assertFailure(client.add_nar("large", blocks), Disconnected)
+        self.assertGreater(len(list(blocks)), 10)
 
     @asynchronous
     async def test_add(self) -> None:
