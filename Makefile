@@ -30,4 +30,6 @@ bench:
 
 clean:
 	@for d in .demo .test; do [ ! -e $$d ] || { chmod -R u+rwX $$d; rm -rf $$d; }; done
-	rm -rf .venv .venv-* .setup.lock _trial_temp* build dist .hypothesis .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	rm -rf .venv .venv-* .setup.lock _trial_temp* build dist *.egg-info twisted/plugins/dropin.cache
+	rm -rf .hypothesis .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

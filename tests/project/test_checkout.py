@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -64,6 +65,20 @@ class Commands(SynchronousTestCase):
             check=False,
         )
         self.assertRegex(result.stdout, r"^/.*-hello\.txt 128\n$", result.stderr)
+
+
+class Cleaning(SynchronousTestCase):
+    def test_clean(self) -> None:
+        """`make clean` removes all that git is told to ignore, and nothing else."""
+        place = Path(temporary_directory(self))
+        shutil.copy(ROOT / "Makefile", place)
+        for name in (ROOT / ".gitignore").read_text().split():
+            inside = name.strip("/").replace("*", "x")
+            for above in ("", "guixd/net/") if inside == "__pycache__" else ("",):
+                (place / above / inside).mkdir(parents=True)
+                (place / above / inside / "file").touch()
+        subprocess.run(["make", "clean"], cwd=place, check=True, capture_output=True)
+        self.assertEqual([p.name for p in place.rglob("*") if p.is_file()], ["Makefile"])
 
 
 class Contents(SynchronousTestCase):
