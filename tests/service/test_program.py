@@ -171,7 +171,8 @@ class ProgramTests(SynchronousTestCase):
 class UnitTests(SynchronousTestCase):
     def test_verify(self) -> None:
         """The units are what systemd wants."""
-        units = [str(unit) for unit in (CHECKOUT / "etc").iterdir() if unit.suffix != ".conf"]
+        kinds = (".service", ".socket", ".mount")
+        units = [str(unit) for unit in (CHECKOUT / "etc").iterdir() if unit.suffix in kinds]
         self.assertEqual(len(units), 4)
         done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
@@ -185,7 +186,24 @@ class CommandTests(SynchronousTestCase):
             text = (CHECKOUT / "etc" / name).read_text()
             (line,) = re.findall(r"^(?:ExecStart=|exec )(.*)$", text, re.MULTILINE)
             found[name] = shlex.split(line)
+        # Scripts are told where the program is.
+        for name, words in (
+            ("guixd.init", r'^DAEMON=(\S+)\nOPTIONS="(.*)"$'),
+            ("guixd.openrc", r'^command=(\S+)\ncommand_args="(.*)"$'),
+        ):
+            text = (CHECKOUT / "etc" / name).read_text()
+            ((program, options),) = re.findall(words, text, re.MULTILINE)
+            self.assertEqual(program, "/usr/local/bin/guixd")
+            found[name] = ["/usr/bin/env", "guixd", *options.split()]
         return found
+
+    def test_scripts(self) -> None:
+        """Scripts for other inits are programs, and right as far as a shell can tell."""
+        for name in "guixd.init", "guixd.openrc":
+            script = CHECKOUT / "etc" / name
+            self.assertTrue(os.access(script, os.X_OK), name)
+            done = subprocess.run(["sh", "-n", script], capture_output=True)
+            self.assertEqual((done.returncode, done.stderr), (0, b""), name)
 
     def test_run(self) -> None:
         """The commands of units and job start a daemon that serves or says why not."""
