@@ -51,7 +51,8 @@ class Program:
         self._output = Path(self.directory, "output")
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                command,
+                # Signals are ignored here if the tests have been started in the background.
+                ["env", "--default-signal", *command],
                 cwd="/proc",
                 env=self.environment,
                 stdout=output,
