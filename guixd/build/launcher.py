@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import astuple, replace
 from itertools import count
 from socket import socket
@@ -29,6 +30,7 @@ from guixd.build.uplink import UplinkProtocol
 from guixd.build.zygote import Zygote
 from guixd.errors import SandboxError
 from guixd.interfaces import ILauncher
+from guixd.net.helpers import Death
 from guixd.net.spawning import pair
 from guixd.sandbox.spec import Base, SandboxSpec
 
@@ -125,6 +127,8 @@ class BuilderProcess:
         self._end: Failure | None = None
         self._uplink: UplinkProtocol | None = None
         self._severed = False
+        self._pidfd = -1
+        self._reactor = reactor
 
     # IProcessTransport and IPushProducer.
 
@@ -191,6 +195,8 @@ class BuilderProcess:
 
     def started(self, pid: int) -> None:
         self.pid = pid
+        with suppress(OSError):  # It has ended, or there are too many descriptors.
+            self._pidfd = os.pidfd_open(pid)
         if not self._cancelled:
             self._running = True
             self._call("makeConnection", self)
@@ -206,13 +212,31 @@ class BuilderProcess:
     def exited(self, status: int, usage: tuple[float, float, int], alone: bool) -> None:
         self.usage = usage
         self.alone = alone
+        self._forget()
         if self._uplink is None:
             self._over(status)
         else:
             self._uplink.end().addCallback(lambda _: self._over(status))
 
     def lost(self) -> None:
-        """The zygote died, and with it, by the kernel's hand, the builder."""
+        """The zygote died, and with it, by the kernel's hand, the builder.
+
+        A builder may have asked the kernel not to do that.
+        """
+        if self._pidfd < 0:
+            self._lost()
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        # Nothing may be done with what a builder has made until it is dead.
+        Death(self._reactor, self._pidfd, self._lost)
+
+    def _forget(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _lost(self) -> None:
         if self._running:
             self._call("childDataReceived", 1, f"guixd: {_LOST}\n".encode())
         else:

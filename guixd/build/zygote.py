@@ -40,7 +40,7 @@ class Zygote:
         with theirs:
             environ = {"PATH": os.environ.get("PATH", os.defpath)}
             self._process = start_helper(_BOOT, theirs, environ)
-        self._death = Death(reactor, self._process.pid, self._ended)
+        self._death = Death(reactor, os.pidfd_open(self._process.pid), self._ended)
         # That it hangs up is no news: `Death` tells when it is dead.
         self._channel = Channel(reactor, ours, self._received, lambda: None)
 

@@ -127,7 +127,7 @@ class Fetcher:
 
         self._process, self._broken = process, ""
         self._ended = ended.addCallback(lambda _: before)
-        Death(self._reactor, process.pid, reap)
+        Death(self._reactor, os.pidfd_open(process.pid), reap)
         self._channel = Channel(self._reactor, helper.end, self._received, process.kill)
         proxies = self._proxies
         self._channel.send(["proxies", proxies.http, proxies.https, list(proxies.exceptions)])

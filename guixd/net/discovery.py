@@ -80,7 +80,7 @@ class Discovery:
                 self._fail("it has died")
             self._ended.callback(None)
 
-        Death(self._reactor, process.pid, reap)
+        Death(self._reactor, os.pidfd_open(process.pid), reap)
 
     def stop(self) -> Deferred[None]:
         """End it; the Deferred fires when it is gone."""

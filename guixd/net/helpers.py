@@ -13,12 +13,15 @@ from zope.interface import implementer
 
 @implementer(IReadDescriptor)
 class Death:
-    """Waits for the end of a process."""
+    """Waits for the end of a process.
 
-    def __init__(self, reactor: IReactorFDSet, pid: int, ended: Callable[[], None]) -> None:
+    :param pidfd: of the process; it becomes ours.
+    """
+
+    def __init__(self, reactor: IReactorFDSet, pidfd: int, ended: Callable[[], None]) -> None:
         self._reactor = reactor
         self._ended = ended
-        self._descriptor = os.pidfd_open(pid)
+        self._descriptor = pidfd
         reactor.addReader(self)
 
     def fileno(self) -> int:

@@ -33,7 +33,6 @@ _ST_RELATIME = 4096
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 1
-_PR_SET_PDEATHSIG = 1
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -131,11 +130,6 @@ def set_host_names(host: str, domain: str) -> None:
     socket.sethostname(host)
     name = domain.encode()
     _check(_setdomainname(name, len(name)))
-
-
-def die_with_parent(signal: int) -> None:
-    """Get SIGNAL when the thread that forked this process ends."""
-    _check(_prctl(_PR_SET_PDEATHSIG, signal, 0, 0, 0))
 
 
 def clear_ambient_capabilities() -> None:

@@ -18,6 +18,8 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+import prctl
+
 from guixd.sandbox import kernel
 from guixd.uplink import devices, filter
 
@@ -81,18 +83,18 @@ def serve(orders: socket.socket, beginning: Sequence[tuple[str, str, Sequence[An
         try:
             _execute(*builder)
         except BaseException as error:  # noqa: BLE001
-            _say(f"error: cannot run builder '{builder[0]}': {describe(error)[1]}")
+            _say(f"error: cannot run builder '{builder[0]}': {describe(error, builder[0])[1]}")
     finally:
         os._exit(1)
 
 
-def describe(error: BaseException) -> tuple[int, str]:
-    """Return the number of ERROR, or 0, and a text that names its file."""
+def describe(error: BaseException, known: str = "") -> tuple[int, str]:
+    """Return the number of ERROR, or 0, and a text that names its file unless that is KNOWN."""
     if not isinstance(error, OSError):
         return 0, f"{type(error).__name__}: {error}"
     text = error.strerror or str(error)
-    name = os.fsdecode(error.filename or "")
-    return error.errno or 0, f"{text}: {name}" if name else text
+    name = os.fsdecode(error.filename or known)
+    return error.errno or 0, text if name == known else f"{text}: {name}"
 
 
 def _say(text: str) -> None:
@@ -125,7 +127,7 @@ def _out_of_memory() -> None:
 
 def _die_with_zygote() -> None:
     """Die with the zygote.  To be repeated after each change of ids, which undoes it."""
-    kernel.die_with_parent(signal.SIGKILL)
+    prctl.set_pdeathsig(signal.SIGKILL)
     if is_dead(ZYGOTE):
         os._exit(1)
 

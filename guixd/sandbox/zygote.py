@@ -94,20 +94,28 @@ def main(control: int) -> NoReturn:
     gc.disable()
     gc.collect()
     gc.freeze()
+    zygote = _Zygote()
     try:
-        _Zygote().serve()
-    except ConnectionError:
-        pass  # The daemon has been killed.
+        with suppress(ConnectionError):  # The daemon has been killed.
+            zygote.serve()
     except Exception:  # noqa: BLE001
         sys.excepthook(*sys.exc_info())
     finally:
-        os._exit(0)  # Builders die with this process, see `phases`.
+        # Builders die with this process, see `phases`, unless they have prevented that.
+        for pid in zygote.children:
+            _kill(os.kill, pid, signal.SIGKILL)
+        os._exit(0)
 
 
 class _Zygote:
+    """What serves the daemon.
+
+    :ivar children: what is to be reaped, by process id.
+    """
+
     def __init__(self) -> None:
         self._control = socket.socket(fileno=phases.CONTROL)
-        self._children: dict[int, _Child] = {}
+        self.children: dict[int, _Child] = {}
         self._pids: dict[int, int] = {}
         """Process ids of running builders by the number of the build."""
         self._kind: _Kind | None = None
@@ -184,7 +192,7 @@ class _Zygote:
         self._rests = False
         if own:
             self._kind = kind
-        self._children[pid] = _Child(number, kind, uid)
+        self.children[pid] = _Child(number, kind, uid)
         self._pids[number] = pid
 
     def _hand_over(self, descriptors: Sequence[int]) -> int:
@@ -205,7 +213,7 @@ class _Zygote:
         assert kind is not None
         with suppress(OSError):  # The next build tells.
             while len(self._waiting) < _MOST_WAITING:
-                self._children[self._fork(kind)] = _Child(0, kind)
+                self.children[self._fork(kind)] = _Child(0, kind)
                 if isinstance(kind, tuple) or len(self._pids) < 2:
                     break
             self._kind = kind
@@ -249,14 +257,14 @@ class _Zygote:
             _kill(os.killpg, pid, which)
 
     def _reap(self) -> None:
-        while self._children:
+        while self.children:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
             if found is None:
                 return
-            child = self._children.pop(found.si_pid, None)
+            child = self.children.pop(found.si_pid, None)
             plain = child is not None and child.kind == "plain"
             if plain:
                 # While it is not reaped no other group can have its number.
@@ -285,11 +293,11 @@ class _Zygote:
 
         Their orphans have become children of this process.
         """
-        if any(child.kind == "plain" and child.build for child in self._children.values()):
+        if any(child.kind == "plain" and child.build for child in self.children.values()):
             return
         with suppress(FileNotFoundError):  # Not every kernel tells.
             for name in kernel.read_file("/proc/thread-self/children").split():
-                if int(name) not in self._children:
+                if int(name) not in self.children:
                     _kill(os.kill, int(name), signal.SIGKILL)
 
     # Users.
@@ -308,7 +316,7 @@ class _Zygote:
                 os._exit(0)
             finally:
                 os._exit(1)
-        self._children[helper] = _Child(number, None, uid)
+        self.children[helper] = _Child(number, None, uid)
 
 
 def _kill(how: Callable[[int, int], None], pid: int, number: int) -> None:

@@ -80,6 +80,15 @@ class _WithLauncher:
     def spec(self, script: str) -> SandboxSpec:
         return self.place.prepare(self.place.derivation(script)).spec
 
+    def spec_of_survivor(self) -> SandboxSpec:
+        """Return a builder that asks the kernel not to kill it with its parent, then says so."""
+        inner = "sh -c 'echo go; $b sleep 1000'"
+        spec = self.spec(f"export b; exec /usr/bin/setpriv --pdeathsig clear $b {inner}")
+        if spec.base is None:
+            return spec
+        system = (Bind(name, name, optional=True) for name in ("/usr", "/lib", "/lib64"))
+        return replace(spec, binds=(*spec.binds, *system))
+
     async def test_success(self) -> None:
         """B38: a builder that closes its output is waited for."""
         process, recorder = await self.place.spawn(
@@ -145,6 +154,17 @@ class _WithLauncher:
         self.assertTrue(select.select([pidfd], [], [], 60)[0])
         self.assertEqual((await self.place.run("echo again")).lines, ["again"])
         self.assertNotEqual(self.place.launcher.zygote_pid, first)
+        self.flushLoggedErrors()
+
+    async def test_lost_zygote_unnoticed(self) -> None:
+        """X34: so does a builder that has asked the kernel not to kill it, and first."""
+        process, recorder = await self.place.spawn(self.spec_of_survivor())
+        await recorder.hear(b"go")
+        pidfd = os.pidfd_open(process.pid)
+        self.addCleanup(os.close, pidfd)
+        os.kill(self.place.launcher.zygote_pid, signal.SIGKILL)
+        await recorder.exited
+        self.assertTrue(select.select([pidfd], [], [], 0)[0])
         self.flushLoggedErrors()
 
     async def test_stop(self) -> None:
@@ -233,7 +253,7 @@ from twisted.internet.protocol import ProcessProtocol
 from guixd.build.launcher import ZygoteLauncher
 
 class Announcer(ProcessProtocol):
-    def connectionMade(self):
+    def childDataReceived(self, descriptor, data):
         os.write(1, b"%d\\n" % self.transport.pid)
 
 spec = pickle.loads(base64.b64decode(sys.argv[1]))
@@ -249,8 +269,8 @@ class BuildUserTests(_WithLauncher, TestCase):
     mode = "users"
 
     async def test_daemon_dies(self) -> None:
-        """X34: when the daemon dies all builders do."""
-        encoded = base64.b64encode(pickle.dumps(self.spec("$b sleep 1000")))
+        """X34: when the daemon dies all builders do, whatever they have asked the kernel."""
+        encoded = base64.b64encode(pickle.dumps(self.spec_of_survivor()))
         daemon = subprocess.Popen(
             [sys.executable, "-c", _DAEMON, encoded, *sys.path], stdout=subprocess.PIPE
         )

@@ -63,6 +63,9 @@ class _Attacks:
         await self.refuse(str(script))
         script.chmod(0o755)
         await self.refuse(str(script))
+        build = self.place.prepare(self.place.derivation("", builder=str(script)))
+        seen = await self.place.finish(build.spec)
+        self.assertEqual(seen.text, f"error: cannot run builder '{script}': Exec format error\n")
         build = self.place.prepare(
             self.place.derivation("", builder=str(script), platform="sparc-linux")
         )
