@@ -51,14 +51,17 @@ def is_git_download(drv: Derivation) -> bool:
 def refuse_builtin(drv: Derivation) -> None:
     """End a build whose builder is not there.
 
-    :raises BuildFailure: always: unknown ones fail for good, known ones for now.
+    :raises BuildFailure: always: unknown ones fail for good, known ones and those with a
+        fixed output for now.
     """
     name = drv.builder.removeprefix(PREFIX)
     if name in NAMES:
         raise BuildFailure(
             Status.MISC_FAILURE, f"builder `{drv.builder}' is not supported yet", general=True
         )
-    raise BuildFailure(Status.PERMANENT_FAILURE, f"there is no builtin builder `{name}'")
+    fixed = drv.has_fixed_outputs
+    status = Status.TRANSIENT_FAILURE if fixed else Status.PERMANENT_FAILURE
+    raise BuildFailure(status, f"there is no builtin builder `{name}'")
 
 
 @implementer(IPushProducer)

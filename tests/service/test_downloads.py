@@ -87,8 +87,9 @@ class DownloadTest(DownloadCase):
         drv, _ = await self.derive(client, f'"{server.url()}"', fixed=False)
         status, text = await self.failure(client, drv)
         self.assertEqual(status, 100, text)
-        drv, _ = await self.derive(client, "x", builder="builtin:nope", fixed=False)
-        self.assertEqual((await self.failure(client, drv))[0], 100)  # W1
+        for name, fixed, status in (("a", False, 100), ("b", True, 1)):  # W1
+            drv, _ = await self.derive(client, "x", name=name, builder="builtin:nope", fixed=fixed)
+            self.assertEqual((await self.failure(client, drv))[0], status)
         self.assertEqual(server.requests, [])
 
     async def test_executables(self) -> None:
