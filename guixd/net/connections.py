@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, quote
 from OpenSSL import SSL
 from twisted.internet.defer import CancelledError
 from twisted.internet.defer import TimeoutError as TookTooLong
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectError, ConnectionLost, DNSLookupError
 from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory, Protocol, connectionDone
@@ -219,7 +219,8 @@ class Connection(Protocol):
         self.alive = False
         orderly = True
         if self._exchanges:
-            orderly = self._reader.closed()
+            reset = isinstance(reason.value, ConnectionLost)  # which ends no body
+            orderly = self._reader.idle if reset else self._reader.closed()
         error = explained(reason)
         unanswered = []
         while self._exchanges:

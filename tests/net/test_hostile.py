@@ -12,93 +12,14 @@ from pathlib import Path
 from backports import zstd
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.errors import FetchError
 from guixd.net import client, spawning
-from guixd.net.http1 import (
-    LONGEST_HEAD,
-    BadResponse,
-    ResponseHead,
-    ResponseReader,
-    parse_head,
-)
+from guixd.net.http1 import parse_head
 from guixd.net.requests import Answer, Request
 from guixd.net.transfers import Body
 from tests.net.servers import Asked, FetcherCase, Server, always, answer
 from tests.support import temporary_directory
-
-
-class _Told:
-    """What a reader tells, as a list."""
-
-    def __init__(self) -> None:
-        self.events: list[object] = []
-
-    def head(self, head: ResponseHead) -> None:
-        self.events.append(head.status)
-
-    def data(self, data: bytes) -> None:
-        if self.events and isinstance(self.events[-1], bytes):
-            data = self.events.pop() + data  # type: ignore[operator]
-        self.events.append(data)
-
-    def end(self) -> None:
-        self.events.append("end")
-
-
-def read(data: bytes, step: int | None = None) -> list[object]:
-    told = _Told()
-    reader = ResponseReader(told)
-    for begin in range(0, len(data), step or len(data)):
-        reader.feed(data[begin : begin + (step or len(data))])
-    if not reader.closed():
-        told.events.append("cut")
-    return told.events
-
-
-class ResponsesTest(SynchronousTestCase):
-    def test_how_bodies_end(self) -> None:
-        """W8, U14: by length, by chunks, by the end; one after the other, in any pieces."""
-        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-        chunked += b"3;a=b\r\nabc\r\n2\r\nde\r\n0\r\nX: y\r\n\r\n"
-        sized = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno"
-        empty = b"HTTP/1.1 204 Empty\nServer: x\n\n"
-        interim = b"HTTP/1.1 100 Continue\r\n\r\n"
-        closed = b"HTTP/1.0 200 OK\r\n\r\nrest"
-        data = chunked + sized + empty + interim + closed
-        expected = [200, b"abcde", "end", 404, b"no", "end", 204, "end", 200, b"rest", "end"]
-        for step in (None, 1, 7):
-            self.assertEqual(read(data, step), expected)
-        for cut in (chunked[:-3], sized[:-1], sized[:10]):
-            self.assertEqual(read(cut)[-1], "cut")
-
-    def test_what_is_no_response(self) -> None:
-        """W8"""
-        start = b"HTTP/1.1 200 OK\r\n"
-        for data in (
-            b"SSH-2.0-x\r\n\r\n",
-            b"HTTP/2 200\r\n\r\n",
-            b"HTTP/1.1 099 X\r\n\r\n",
-            start + b"no colon\r\n\r\n",
-            start + b" folded: x\r\n\r\n",
-            start + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
-            start + b"Content-Length: -5\r\n\r\n",
-            start + b"Content-Length: 5, 5\r\n\r\n",
-            start + b"Content-Length: 99999999999999999999\r\n\r\n",
-            start + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
-            start + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
-            start + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
-            start + b"Transfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n",
-            start + b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 5000,
-            start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 20_000,
-            start + b"X: " + b"x" * LONGEST_HEAD,
-            b"x" * LONGEST_HEAD,
-            b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
-            b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
-        ):
-            with self.assertRaises(BadResponse, msg=data[:60]):
-                read(data)
 
 
 class HostileTest(FetcherCase):
@@ -138,6 +59,17 @@ class HostileTest(FetcherCase):
         server = Server(self, script)
         for path in ("/early", "/late"):
             self.assertEqual((await self.refused(server.url(path))).kind, "body")
+
+    async def test_a_reset_is_no_end(self) -> None:
+        """W8: not even of a body without a length."""
+        server = Server(self, always(b"HTTP/1.1 200 OK\r\n\r\nhalf"))
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        began: Deferred[object] = Deferred()
+        fetching = self.fetcher.fetch(Request(server.url()), write_end, head=began.callback)
+        await began
+        server.connections[0].reset()
+        self.assertEqual((await self.assertFailure(fetching, FetchError)).kind, "body")
 
     async def test_redirections(self) -> None:
         """W10: absolute, relative, without end, to files and nowhere."""

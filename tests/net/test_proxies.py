@@ -32,7 +32,10 @@ class ChoiceTest(SynchronousTestCase):
         self.assertEqual(self.via("https://x/", **both), "b:2")
         self.assertEqual(self.via("https://x/", http_proxy="http://a:1"), "")
         self.assertEqual(self.via("http://x/", http_proxy="http://a"), "a:80")
-        self.assertEqual(self.via("http://x/", all_proxy="http://c:3"), "c:3")
+        for name in ("all_proxy", "ALL_PROXY"):
+            for url in ("http://x/", "https://x/"):
+                self.assertEqual(self.via(url, **{name: " c:3 "}), "c:3")
+            self.assertEqual(self.via("ftp://x/", **{name: "c:3"}), "")
         self.assertEqual(self.via("http://x/", all_proxy="c:3", http_proxy=""), "")
         self.assertEqual(self.via("http://x/", http_proxy="http://[::1]:8/"), "[::1]:8")
 
@@ -61,17 +64,31 @@ class ChoiceTest(SynchronousTestCase):
             ("EXAMPLE.org", "http://Example.ORG./", True),
             ("", "http://example.org/", False),
             (",,", "http://example.org/", False),
+            ("example.org", "http://127.0.0.1/", False),
+            ("10.1.2.3/8", "http://10.2.3.4/", True),
+            ("*.example.org.", "http://a.example.org/", True),
+            (".", "http://example.org./", False),
+            ("example.org:443", "https://example.org/", True),
+            ("example.org:80", "https://example.org/", False),
+            ("example.org:x", "http://example.org:5/", True),
+            ("[::1]:80", "http://[::1]:81/", False),
         ):
             for name in ("no_proxy", "NO_PROXY"):
-                via = self.via(url, http_proxy="p:1", **{name: exceptions})
+                via = self.via(url, all_proxy="p:1", **{name: exceptions})
                 self.assertEqual(via == "", straight, (exceptions, url))
 
     def test_credentials_and_nonsense(self) -> None:
         proxies = Proxies.from_environment({"http_proxy": "http://me:p%40ss@a:1"})
         self.assertEqual(proxies.proxy_for("http://x/"), Proxy("a", 1, "me:p@ss"))
+        proxies = Proxies.from_environment({"http_proxy": "me@a"})
+        self.assertEqual(proxies.proxy_for("http://x/"), Proxy("a", 80, "me:"))
         for value in ("socks5://a:1", "http://", "http://a:x", ":"):
-            with self.assertRaises(FetchError, msg=value):
+            with self.assertRaises(FetchError, msg=value) as caught:
                 Proxies.from_environment({"http_proxy": value}).proxy_for("http://x/")
+            text = "http_proxy is not the address of a proxy"
+            if "socks" in value:
+                text = "http_proxy: proxies of type 'socks5' are not supported"
+            self.assertEqual((caught.exception.kind, caught.exception.text), ("proxy", text))
 
 
 class TinyProxy:
