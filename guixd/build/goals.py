@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from guixd.build import substitution
@@ -34,6 +35,10 @@ NO_SLOTS = (
     " with `--max-jobs=1' it is done here"
 )
 STOPPING = "the build daemon is stopping and begins no more builds; try again when it is back"
+REST = 3
+"""How many times as long as a plan has taken, none is begun after it."""
+LONGEST_REST = 1.0
+"""Seconds after which another is begun in any case."""
 CIRCLE = "derivations depend on each other in a circle"
 
 
@@ -115,6 +120,7 @@ class RequestRun:
         self._outdated = True
         """Whether the goals are to be planned anew."""
         self._planning: Deferred[Any] | None = None
+        self._rests_until = 0.0
         self._hope: Running | None = None
         """A build that was not stuck when last looked at."""
         self._left = 0
@@ -163,9 +169,21 @@ class RequestRun:
     # --- plans -----------------------------------------------------------------------
 
     def _plan_anew(self) -> None:
-        self._outdated = False
-        self._planning = planning = Deferred.fromCoroutine(self._plan(self._past))
+        self._planning = planning = Deferred.fromCoroutine(self._plan_after_rest())
         planning.addCallback(self._adopt).addErrback(self._fail)
+
+    async def _plan_after_rest(self) -> dict[StorePath, Goal]:
+        """Plan, but not all the time when one download after the other fails."""
+        clock = self._clock
+        rest = self._rests_until - clock.seconds()
+        if rest > 0:
+            await deferLater(clock, rest)
+        self._outdated = False
+        began = clock.seconds()
+        goals = await self._plan(self._past)
+        ended = clock.seconds()
+        self._rests_until = ended + min(REST * (ended - began), LONGEST_REST)
+        return goals
 
     def _fail(self, failure: Failure) -> None:
         self._planning = None

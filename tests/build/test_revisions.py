@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,26 @@ class Fallback(Case):
         for number in range(5):
             self.launcher[f"a{number}"].finish()
         self.successResultOf(building)
+
+    def test_many_in_a_row(self) -> None:
+        """B39, U18: what fails while planning rests is replaced by one new plan."""
+        find = self.downloads.find
+
+        async def find_slowly(*arguments: Any) -> Any:
+            self.clock.advance(0.01)
+            return await find(*arguments)
+
+        self.patch(self.downloads, "find", find_slowly)
+        drvs = [self.offered(self.world.derive(f"a{number}")) for number in range(8)]
+        building = self.request(*drvs, fallback=True, max_jobs=8)
+        building.addErrback(lambda _: None)
+        self.clock.advance(0)
+        for number in range(8):
+            self.downloads[f"a{number}"].fail()
+        self.assertEqual((self.downloads.searches, self.launcher.names), (1, []))
+        self.clock.pump([1, 0])
+        self.assertEqual((self.downloads.searches, len(self.launcher.running)), (1, 8))
+        building.cancel()
 
     def test_failed_builds_are_not_repeated(self) -> None:
         """B3, U18: with keep-going, a new plan does not try again what has failed."""
@@ -328,7 +349,7 @@ class MissingDerivation(Case):
         self.assertEqual(self.error(building).text, f"build of `{self.drv}' failed")
 
 
-class Any(Case):
+class AnyGraph(Case):
     """Requests with any graph, any substitutes, and any course of events."""
 
     numbers = itertools.count()
