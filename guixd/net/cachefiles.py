@@ -60,7 +60,8 @@ class CacheFiles:
         try:
             os.makedirs(place, 0o755, exist_ok=True)
             for name, entry in entries.items():
-                replace_file(f"{place}/{name}", narinfocache.serialise(entry))
+                # Nobody else is to read a server's URL, which may have a password in it.
+                replace_file(f"{place}/{name}", narinfocache.serialise(entry), 0o600)
         except OSError:
             pass  # a full or read-only disk is no reason not to go on
 
@@ -110,11 +111,11 @@ def _start(path: str, most: int) -> bytes:
         os.close(fd)
 
 
-def replace_file(path: str, data: bytes) -> None:
-    """Make DATA the contents of the file PATH, which everybody can read, in one step."""
+def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Make DATA the contents of the file PATH, which everybody may read, in one step."""
     temporary = f"{path}.{os.getpid()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o644)
+    fd = os.open(temporary, flags, mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)

@@ -142,7 +142,9 @@ class NarinfosTests(SynchronousTestCase):
         self.assertEqual(set(self.find(item, path("b"))), {item})
         self.assertEqual(self.lookups.asked, [f"{SERVER}/{path('b').hash_part}.narinfo"])
         self.assertEqual(sorted(os.listdir(directory)), ["a" * 32, "b" * 32])
-        self.assertIn("#f", (directory / path("b").hash_part).read_text())
+        written = directory / path("b").hash_part
+        self.assertIn("#f", written.read_text())
+        self.assertEqual(written.stat().st_mode & 0o777, 0o600)  # URLs may have passwords
 
     def test_false_files(self) -> None:
         """U8, U15: a file about another item, or from a time to come, is no answer."""
