@@ -237,7 +237,7 @@ class Narinfos:
             if left and not self._why_down(server):
                 await self._look_up(server, left)
         except FetchError as error:
-            self._failed(server, error.kind, error.text)
+            self._failed(server, error.text)
         finally:
             for path in left:
                 self._fire(server, path, None)
@@ -284,7 +284,7 @@ class Narinfos:
         def answered(index: int, answer: Answer) -> None:
             path = paths[index]
             if not answer.status:
-                self._failed(server, answer.kind, answer.body.decode("utf-8", "replace"))
+                self._failed(server, answer.body.decode("utf-8", "replace"))
                 return
             if answer.status != 200:
                 take(path, answer, None)
@@ -293,8 +293,7 @@ class Narinfos:
             elif self._waiting < MOST_WAITING:
                 reading.append(Deferred.fromCoroutine(take_long(path, answer)))
 
-        for key in (_host(server), server):
-            self._down.pop(key, None)
+        self._down.pop(server, None)
         await self._lookups.lookup([f"{base}/{p.hash_part}.narinfo" for p in paths], answered)
         for each in reading:
             await each
@@ -355,22 +354,18 @@ class Narinfos:
 
     # --- servers that are not there ------------------------------------------------------
 
-    def _failed(self, server: str, kind: str, reason: str) -> None:
+    def _failed(self, server: str, reason: str) -> None:
         if self._why_down(server):
             return
         _log.warn("substitute server {host}: {reason}", host=_host(server), reason=reason)
         if len(self._down) >= MOST_DOWN:
             del self._down[next(iter(self._down))]
-        # What may not be reached by this name may be by another.
-        key = server if kind == "address" else _host(server)
-        self._down[key] = self._clock.seconds() + DOWN, reason
+        # Only by this name: others are not to suffer from what somebody calls it.
+        self._down[server] = self._clock.seconds() + DOWN, reason
 
     def _why_down(self, server: str) -> str:
-        for key in (_host(server), server):
-            until, reason = self._down.get(key, (0.0, ""))
-            if until > self._clock.seconds():
-                return reason
-        return ""
+        until, reason = self._down.get(server, (0.0, ""))
+        return reason if until > self._clock.seconds() else ""
 
 
 def _sources(authorised: Narinfo, said: Sequence[Source]) -> tuple[Source, ...]:

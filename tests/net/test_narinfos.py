@@ -290,6 +290,16 @@ class NarinfosTests(SynchronousTestCase):
         self.clock.advance(DOWN + 1)
         self.assertEqual(set(self.find(item)), {item})
 
+    def test_false_names(self) -> None:
+        """What somebody calls a server wrongly does not keep others from it."""
+        names = SERVER.replace("http", "foo"), SERVER.replace("http", "https"), SERVER[7:]
+        for name, letter in zip(names, "abc", strict=True):
+            item = self.serve(letter)
+            url = f"{name}/{item.hash_part}.narinfo"
+            self.lookups.known[url] = Answer(0, b"not supported", None, "url")
+            self.assertEqual(self.find(item, servers=[name]), {})
+            self.assertEqual(set(self.find(item)), {item}, name)
+
     def test_nobody_asks(self) -> None:
         """When the process that downloads dies again and again, clients are told so."""
         item = path("a")
