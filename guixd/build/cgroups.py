@@ -90,8 +90,9 @@ class Cgroups:
         own = f"{self._top}/{_OWN}"
         os.makedirs(own, exist_ok=True)
         for pid in _read(f"{self._top}/cgroup.procs").split():
-            if int(pid) == os.getpid() or _parent(pid) == os.getpid():
-                _write(f"{own}/cgroup.procs", pid)
+            if _is_ours(int(pid)):
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    _write(f"{own}/cgroup.procs", pid)
 
     def begin(self) -> Group:
         """Make a group for a build.
@@ -187,8 +188,11 @@ def _write(file: str, text: str) -> None:
         os.close(descriptor)
 
 
-def _parent(pid: str) -> int:
-    try:
-        return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+def _is_ours(pid: int) -> bool:
+    """Whether PID is this process or one that it, or a child of it, has started."""
+    while pid > 1 and pid != os.getpid():
+        try:
+            pid = int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return pid == os.getpid()

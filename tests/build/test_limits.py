@@ -12,7 +12,7 @@ from pathlib import Path
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from guixd.build import diskspace, engine
+from guixd.build import cgroups, diskspace, engine
 from guixd.build.cgroups import Cgroups, Group, Place, Unavailable, own_place
 from guixd.build.threads import inline
 from guixd.errors import BuildError
@@ -94,6 +94,23 @@ class TreeTests(SynchronousTestCase):
         self.assertEqual(procs, str(os.getpid()))
         enabled = (self.top / "cgroup.subtree_control").read_text()
         self.assertEqual(enabled, "+memory +cpu")
+
+    def test_descendants(self) -> None:
+        """What our processes have started moves, too, what has ended does not matter."""
+        # The shell waits for what it has started, and both for the end of our input.
+        with subprocess.Popen(
+            ["sh", "-c", "sh -c 'echo $$; read _'; true"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as shell, subprocess.Popen(["true"]) as gone:  # fmt: skip
+            assert shell.stdout is not None
+            grandchild = shell.stdout.readline().strip()
+            gone.wait()
+            (self.top / "cgroup.procs").write_text(f"1\n{gone.pid}\n{grandchild}\n")
+            moved = []
+            self.patch(cgroups, "_write", lambda file, text: moved.append((file, text)))
+            Cgroups(BuildLimits(memory=1), Place(str(self.top), False))
+        own = str(self.top / "guixd-daemon/cgroup.procs")
+        self.assertEqual([pid for file, pid in moved if file == own], [grandchild])
 
     def test_missing_controller(self) -> None:
         """A controller that was not delegated is named."""
