@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build.engine import Engine
 from guixd.build.launcher import ZygoteLauncher
+from guixd.build.outputs import Harvest
 from guixd.build.request import BuildMode, BuildRequest, ClientOptions, Wanted
 from guixd.build.threads import pool_threads
 from guixd.formats import derivation
@@ -267,6 +268,21 @@ class World:
     def is_valid(self, drv: StorePath, name: str = "out") -> bool:
         """Whether an output of DRV is valid."""
         return self.store.is_valid(self.output(drv, name))
+
+    async def check_fresh(self, case: TestCase, drv: StorePath) -> None:
+        """Build DRV, which writes "x" to its output; nobody can write to that afterwards."""
+        kept = []
+        take = Harvest._take
+
+        def keep_and_take(harvest: Harvest, path: StorePath) -> None:
+            kept.append(os.open(path.base, os.O_WRONLY, dir_fd=harvest._source))
+            case.addCleanup(os.close, kept[-1])
+            take(harvest, path)
+
+        case.patch(Harvest, "_take", keep_and_take)
+        await self.build(drv)
+        os.write(kept[0], b"evil")
+        case.assertEqual(Path(self.output(drv)).read_text(), "x\n")
 
     def leftovers(self) -> list[str]:
         """Return what builds must not leave behind: trees, roots, locks, staging."""

@@ -430,6 +430,11 @@ class OutputTests(Real):
             observer = await self.fail_with(1, self.world.derive(name, script, fixed=fixed))
             self.assertIn("should be a non-executable regular file", observer.logs[-1])
 
+    async def test_fixed_fresh(self) -> None:
+        """CVE-2024-27297, I-FRESH: a descriptor that got out of the build is of no use after it."""
+        fixed = ("sha256", hashlib.sha256(b"x\n").hexdigest())
+        await self.world.check_fresh(self, self.world.derive("x", "echo x > $out", fixed=fixed))
+
     async def test_planted_names(self) -> None:
         """CVE-2026-39860: names that a fixed-output builder plants lead nobody astray."""
         world = self.world
