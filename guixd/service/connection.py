@@ -546,7 +546,9 @@ class Connection:
         if self._work is None:
             self._finish()
         else:
-            self._work.cancel()
+            # What the work has just sent may have told that the client is gone, and only
+            # work that waits can be cancelled.
+            self._reactor.callLater(0, self.give_up)
 
     def _finish(self) -> None:
         """Tell that all is over, once."""
