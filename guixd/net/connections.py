@@ -58,9 +58,9 @@ class Way:
     ) -> Way:
         """Return the way to the server of a URL.
 
-        :raises FetchError: even its name says that it is nearer than NEAREST.
+        :raises FetchError: even its name says that it is nearer than NEAREST, or is none.
         """
-        host = parts.hostname or ""
+        host = _ascii(parts.hostname or "")
         check(reach_of_host(host), nearest, host)  # a proxy would not
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
         return cls(parts.scheme, host, port, proxy, verify, nearest)
@@ -73,7 +73,7 @@ def request_bytes(
     target = quote(parts.path or "/", safe=_SAFE)
     if parts.query:
         target += "?" + quote(parts.query, safe=_SAFE)
-    host = bracketed(way.host if way.host.isascii() else way.host.encode("idna").decode())
+    host = bracketed(way.host)
     if way.port != _DEFAULT_PORTS[way.scheme]:
         host += f":{way.port}"
     all_fields = {"Host": host, "User-Agent": AGENT, "Accept": "*/*", **fields}
@@ -86,6 +86,14 @@ def request_bytes(
     lines = [f"{method} {target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in all_fields.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def _ascii(host: str) -> str:
+    """Return HOST as servers of names know it, which those that look names up want it to be."""
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        raise FetchError("url", f"{host} cannot be the name of a server") from None
 
 
 class Exchange:

@@ -41,22 +41,39 @@ def endpoint_for(
 ) -> Any:
     """Return the endpoint for talking to HOST, by HTTP through PROXY if there is one.
 
+    :param host: ASCII.
     :param trust: returns the trusted certificates; without it all are taken.
     :param timeout: seconds for each address.
     :param nearest: what HOST must not be nearer than; a proxy may be anywhere.
     """
     if proxy is None:
-        endpoint: Any = HostnameEndpoint(beyond(reactor, nearest), host, port, timeout=timeout)
+        endpoint: Any = _Endpoint(beyond(reactor, nearest), host, port, timeout=timeout)
     else:
-        endpoint = HostnameEndpoint(reactor, proxy.host, proxy.port, timeout=timeout)
+        endpoint = _Endpoint(reactor, proxy.host, proxy.port, timeout=timeout)
     if not tls:
         return endpoint
     if proxy is not None:
         endpoint = TunnelEndpoint(endpoint, proxy, host, port)
-    creator: Any = (
-        _Unverified(host) if trust is None else optionsForClientTLS(host, trustRoot=trust())
-    )
+    creator: Any = _Unverified(host) if trust is None else _verified(host, trust)
     return wrapClientTLS(creator, endpoint)
+
+
+class _Endpoint(HostnameEndpoint):
+    """Tries whatever name it is given: some have underscores, unlike those of IDNA."""
+
+    @staticmethod
+    def _hostAsBytesAndText(host: Any) -> tuple[bool, bytes, str]:
+        try:
+            return False, host.encode("idna"), host
+        except UnicodeError:
+            return HostnameEndpoint._hostAsBytesAndText(host)
+
+
+def _verified(host: str, trust: Callable[[], Any]) -> Any:
+    try:
+        return optionsForClientTLS(host, trustRoot=trust())
+    except UnicodeError:
+        raise FetchError("tls", f"TLS: no certificate can be for {host}") from None
 
 
 def basic(credentials: str) -> str:
@@ -86,7 +103,7 @@ class _Unverified:
         try:
             ipaddress.ip_address(self._host)
         except ValueError:
-            connection.set_tlsext_host_name(self._host.encode("idna"))
+            connection.set_tlsext_host_name(self._host.encode())
         return connection
 
 

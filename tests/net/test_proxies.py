@@ -214,6 +214,17 @@ class WaysTest(FetcherCase):
         fetcher = self.through(f"http://127.0.0.1:{proxy.number}")
         await self.fetch("http://bücher.example/", fetcher=fetcher)
         self.assertIn("GET http://xn--bcher-kva.example/ HTTP", proxy.requests[0])
+        proxy.script = always(answer(status="403 No"))
+        await self.refused("https://bücher.example/", fetcher=fetcher)
+        self.assertIn("CONNECT xn--bcher-kva.example:443 HTTP", proxy.requests[1])
+        for host in ("ä..b", "a..b", "a" * 64):
+            self.assertEqual((await self.refused(f"http://{host}/")).kind, "url")
+
+    async def test_names_with_underscores(self) -> None:
+        """W2: servers have them, certificates do not."""
+        self.assertEqual((await self.refused("http://a_b.invalid/")).kind, "dns")
+        self.assertEqual((await self.refused("https://a_b.invalid/")).kind, "tls")
+        self.assertEqual((await self.refused("https://a_b.invalid/", verify=False)).kind, "dns")
 
     async def test_proxies_that_are_not_there(self) -> None:
         """W12"""
@@ -222,6 +233,8 @@ class WaysTest(FetcherCase):
         for url in ("http://example.invalid/", "https://example.invalid/"):
             error = await self.refused(url, fetcher=fetcher)
             self.assertEqual(error.kind, "connect")
+        error = await self.refused("http://x.invalid/", fetcher=self.through("a..b"))
+        self.assertEqual(error.kind, "connect")
         error = await self.refused("http://x.invalid/", fetcher=self.through("socks5://x"))
         self.assertEqual(error.kind, "proxy")
 
