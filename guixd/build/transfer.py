@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from guixd.build.directories import open_file
 from guixd.build.threads import Threads, to_the_end
@@ -79,7 +80,8 @@ class Transfer:
     def _request(self) -> Request:
         return Request(
             self._place.url,
-            verify=False,  # signatures tell what is right
+            # Signatures tell what is right; certificates, who may know a password.
+            verify="@" in urlsplit(self._place.url).netloc,
             compression=self._place.compression,
             limit=self._incoming.nar_size,
             exact=self._place.compression == "none",
