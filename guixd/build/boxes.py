@@ -7,7 +7,7 @@ builder it is a part of a builtin builder, which is what limits and logs of buil
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,26 +68,29 @@ class Boxes:
         :param files: what is in its directory, contents by name.
         :raises OSError: or `GuixdError`: there is none.
         """
-        user, workspace = None, None
-        if self.users is not None:
-            user = await self.users.acquire()
-        try:
-            if user is not None:
-                await self.launcher.kill_user(user.uid)
-            making = self.threads(
-                lambda: Workspace.create(
+        user, made = None, list[Workspace]()
+
+        def make() -> None:
+            made.append(
+                Workspace.create(
                     path, temporary=self.temporary, use_chroot=False, user=user, files=files
                 )
             )
-            workspace = await making
-            yield Box(self, user, workspace)
-        finally:
+
+        def remove() -> None:
+            for workspace in made:
+                workspace.remove()
+
+        async with AsyncExitStack() as stack:
+            if self.users is not None:
+                user = await self.users.acquire()
+                stack.callback(self.users.release, user)
+            stack.push_async_callback(self.threads, remove)
             if user is not None:
+                stack.push_async_callback(self.launcher.kill_user, user.uid)
                 await self.launcher.kill_user(user.uid)
-            if workspace is not None:
-                await self.threads(workspace.remove)
-            if user is not None and self.users is not None:
-                self.users.release(user, clean=True)
+            await to_the_end(self.threads(make))
+            yield Box(self, user, made[0])
 
 
 @dataclass(frozen=True, slots=True)

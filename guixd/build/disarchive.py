@@ -18,6 +18,7 @@ from guixd.build.downloadtools import DownloadTools
 from guixd.build.draft import Draft
 from guixd.build.gitdownload import PLACES, in_box
 from guixd.build.heritage import Heritage, NotArchived
+from guixd.build.threads import to_the_end
 from guixd.errors import FetchError, GuixdError
 from guixd.formats.derivation import Output
 from guixd.formats.path import StorePath
@@ -82,7 +83,7 @@ class Disarchive:
                 archive = await heritage.save(url, directory)
                 if not await self._assemble(box, program, archive):
                     return False
-                await self._tools.threads(_copy, directory, box.uid, draft)
+                await to_the_end(self._tools.threads(_copy, directory, box.uid, draft))
             finally:
                 os.close(directory)
         return True

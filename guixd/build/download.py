@@ -27,6 +27,7 @@ from guixd.build.draft import Draft
 from guixd.build.job import Job
 from guixd.build.mirrorcode import BadMirrors, urls
 from guixd.build.outputs import Known
+from guixd.build.threads import to_the_end
 from guixd.errors import FetchError
 from guixd.formats.hashes import to_base32
 from guixd.formats.path import StorePath
@@ -113,7 +114,7 @@ class Download:
 
     async def _is_right(self, draft: Draft, inputs: Inputs, who: str) -> bool:
         """Make DRAFT the output; return whether it has the right hash."""
-        actual = await self._tools.threads(draft.finish)
+        actual = await to_the_end(self._tools.threads(draft.finish))
         if draft.measured is not None:
             self.known = {inputs.output.path: Known(draft.measured, actual)}
         else:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from guixd.build.downloadtools import DownloadTools
+from guixd.build.threads import to_the_end
 from guixd.errors import BadArchive, FetchError, StoreError
 from guixd.formats import hashes
 from guixd.formats.derivation import Output
@@ -54,7 +55,7 @@ async def fetch_nar(
                 if not other:
                     other = digest
                     os.rename(place, f"{directory}/{_OTHER}")
-            await tools.threads(remove, None, place)
+            await to_the_end(tools.threads(remove, None, place))
     if other:
         os.rename(f"{directory}/{_OTHER}", place)
     return other

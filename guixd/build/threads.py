@@ -30,26 +30,34 @@ def pool_threads(reactor: IReactorFromThreads, pool: ThreadPool) -> Threads:
 
 
 async def to_the_end(running: Deferred[T], stop: Callable[[], object] = lambda: None) -> T:
-    """Wait until RUNNING, what a thread does, has ended, even if the caller is cancelled.
+    """Wait until RUNNING, what a thread does, has ended, also if the caller is cancelled.
 
-    :param stop: called when the caller is cancelled, so that the thread comes to an end soon.
+    :param stop: called when the caller is cancelled, once, so that the thread ends soon.
     :raises CancelledError: he was, and the thread has ended now.
     """
-    result: Deferred[T] = Deferred()
-    ended: Deferred[None] = Deferred()
+    outcomes: list[T | Failure] = []
+    waiting: Deferred[None] = Deferred()
 
     def finished(outcome: T | Failure) -> None:
-        if not result.called:
-            result.callback(outcome)
-        ended.callback(None)
+        outcomes.append(outcome)
+        waiting.callback(None)
 
     running.addBoth(finished)
-    try:
-        return await result
-    except CancelledError:
-        stop()
-        await ended
-        raise
+    gone = False
+    while not outcomes:
+        try:
+            await waiting
+        except CancelledError:
+            waiting = Deferred()
+            if not gone:
+                gone = True
+                stop()
+    if gone:
+        raise CancelledError
+    (outcome,) = outcomes
+    if isinstance(outcome, Failure):
+        outcome.raiseException()
+    return outcome
 
 
 def inline(function: Callable[..., T], /, *args: Any) -> Deferred[T]:

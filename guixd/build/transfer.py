@@ -75,7 +75,7 @@ class Transfer:
         trace = DownloadSucceeded(self._incoming.path, self._place.name, size)
         self._tell(Event(trace.line, text, download=True))
         self._tell(Event("", download=True))
-        await self._threads(self._incoming.finish)
+        await to_the_end(self._threads(self._incoming.finish))
 
     def _request(self) -> Request:
         return Request(

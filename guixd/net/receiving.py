@@ -6,9 +6,10 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -163,11 +164,12 @@ class _Pipe:
                 self._close()
 
     async def close(self) -> None:
-        """Read no more; return when nothing is consumed any more."""
+        """Read no more; return when nothing is consumed any more, also if cancelled."""
         self.give_up()
-        if self._step is not None:
+        while self._step is not None:
             self._closing = Deferred()
-            await self._closing
+            with suppress(CancelledError):
+                await self._closing
 
     def _close(self) -> None:
         if self._open:

@@ -306,6 +306,8 @@ class Collection:
             else:
                 self._move(name)
                 self._expected += status.st_size if status.st_nlink <= most_links else 0
+        except FileNotFoundError:
+            pass  # by the build that makes it anew
         except OSError as error:
             if error.errno != ENOSPC:
                 raise StoreError(f"cannot delete '{path}': {error.strerror}") from error

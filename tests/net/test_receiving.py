@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from twisted.internet import reactor, threads
@@ -39,3 +40,26 @@ class LastPieceTest(TestCase):
         receiving.cancel()
         await self.assertFailure(receiving, CancelledError)
         self.assertEqual(pieces, [])
+
+    async def test_given_up_twice(self) -> None:
+        """While a thread consumes, the end is awaited, also by who gives up again."""
+        begun: Deferred[None] = Deferred()
+        go = threading.Event()
+        fetcher = FakeFetcher({URL: bytes(32 << 10)})
+        pieces: list[int] = []
+
+        def consume(data: bytes) -> None:
+            reactor.callFromThread(begun.callback, None)
+            go.wait(20)
+            pieces.append(len(data))
+
+        receiving = Deferred.fromCoroutine(
+            receive(reactor, threads.deferToThread, fetcher, Request(URL), consume)
+        )
+        await begun
+        receiving.cancel()
+        receiving.cancel()
+        self.assertNoResult(receiving)
+        go.set()
+        await self.assertFailure(receiving, CancelledError)
+        self.assertEqual(len(pieces), 1)

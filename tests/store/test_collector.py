@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from guixd.formats.path import StorePath
 from guixd.store.collector import Collection, Rules
 from guixd.store.items import Registration
+from guixd.store.trees import remove_path
 from tests.store.test_local import Case
 
 SECONDS = 60.0
@@ -69,6 +71,24 @@ class LimitTests(CollectorCase):
 
     def deleted(self, number: int) -> str:
         return self.lines[number].split("'")[1]
+
+
+class LeftoverTests(CollectorCase):
+    def test_gone(self) -> None:
+        """B39: a failed output that a build removes at that moment is no trouble."""
+        for name, make in ("directory", os.mkdir), ("file", os.mknod):
+            leftover = self.store.directory.child(f"{'0' * 32}-{name}")
+            make(leftover)
+            collection = self.begin(Rules())
+
+            def report(line: str, path: str = leftover) -> None:
+                self.lines.append(line)
+                remove_path(path)
+
+            self.patch(collection, "_report", report)
+            self.assertFalse(collection.sweep(SECONDS))
+            self.assertEqual([line.split()[-1] for line in self.lines], [f"'{leftover}'"])
+            collection.close()
 
 
 class TouchedTests(CollectorCase):
