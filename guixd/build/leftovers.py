@@ -2,6 +2,7 @@
 
 A tree that belongs to a running build has a mode that no other directory has, and is
 locked by its daemon.  The lock ends with the daemon, the mode when the tree is kept.
+Builds without a container would see that mode, so that their trees are not found.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def claim(tree: int) -> None:
     fcntl.flock(tree, fcntl.LOCK_SH)
 
 
-def remove_leftovers(temporary: str) -> list[str]:
+def remove_leftovers(temporary: str, gid: int | None = None) -> list[str]:
     """Remove the build trees in the directory TEMPORARY whose daemons have died; blocks.
 
+    :param gid: the group of build users, who have the trees of downloads.
     :return: what stands against the removal of some, for the log.
     """
     problems = []
@@ -40,20 +42,21 @@ def remove_leftovers(temporary: str) -> list[str]:
         return [f"cannot read '{temporary}': {error.strerror}"]
     for name in names:
         try:
-            _remove_leftover(f"{temporary}/{name}")
+            _remove_leftover(f"{temporary}/{name}", gid)
         except (OSError, StoreError) as error:
             problems.append(f"cannot remove '{temporary}/{name}': {error}")
     return problems
 
 
-def _remove_leftover(tree: str) -> None:
+def _remove_leftover(tree: str, gid: int | None) -> None:
     try:
         fd = os.open(tree, DIRECTORY_FLAGS)
     except OSError:
         return  # somebody else's, or gone
     try:
         status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != RUNNING:
+        ours = status.st_uid == os.geteuid() or status.st_gid == gid
+        if not ours or stat.S_IMODE(status.st_mode) != RUNNING:
             return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

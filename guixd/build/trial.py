@@ -157,6 +157,7 @@ class Trial:
             use_chroot=self._contained,
             user=self._user,
             files=files,
+            plain=not self._contained and not self._git,
         )
         log = self._job.say.log_file
         if log is not None:

@@ -64,6 +64,7 @@ class Workspace:
         use_chroot: bool,
         user: BuildUser | None,
         files: Mapping[str, bytes] | None = None,
+        plain: bool = False,
     ) -> Workspace:
         """Make the directories for the derivation PATH.
 
@@ -71,16 +72,18 @@ class Workspace:
         :param user: who runs the builder and gets the build directory; `None`
             for the daemon's user.
         :param files: contents by name to put into the build directory.
+        :param plain: whether a builder finds the build tree itself, which then has the
+            usual mode and is not found by the next daemon.
         :raises OSError: or `StoreError`; nothing is left then.
         """
         opened: list[int] = []
-        mode = RUNNING if use_chroot else 0o700
+        mode = 0o700 if plain else RUNNING
         outside = _make_outside(f"{temporary}/guix-build-{path.name}", mode)
         chroot = None
         try:
             opened.append(_open_own(outside, None, mode))
+            claim(opened[0])
             if use_chroot:
-                claim(opened[0])
                 build_directory = f"{outside}/{_TOP}"
                 os.mkdir(_TOP, 0o700, dir_fd=opened[0])
                 opened.append(_open_own(_TOP, opened[0], 0o700))
@@ -176,7 +179,8 @@ class Workspace:
         except (OSError, StoreError) as error:
             uid, problem = -1, f"cannot change the owner of '{self.outside}': {error}"
         if self.chroot is not None:
-            pivot = self.outside + ".pivot"
+            # A name that nobody could have taken before.
+            pivot = f"{self.outside}.{secrets.token_hex(8)}"
             os.rename(self.outside, pivot)
             reached("workspace.pivoted")
             os.rename(_TOP, self.outside, src_dir_fd=self._outside_fd)

@@ -12,6 +12,7 @@ from twisted.python.threadpool import ThreadPool
 from guixd.build.broadcast import Observer
 from guixd.build.request import BuildRequest
 from guixd.build.threads import pool_threads
+from guixd.service.shared import build_gid
 
 if TYPE_CHECKING:
     from guixd.service.shared import Daemon
@@ -42,7 +43,8 @@ class SandboxBuilder:
         from guixd.build.leftovers import remove_leftovers
 
         temporary = daemon.settings.directories.temporary
-        daemon.threads(remove_leftovers, temporary).addCallbacks(_tell, _failed)
+        gid = None if daemon.uid else build_gid(daemon.settings)
+        daemon.threads(remove_leftovers, temporary, gid).addCallbacks(_tell, _failed)
         reactor: Any = daemon.reactor
         self._launcher = ZygoteLauncher(reactor)
         self._pool = ThreadPool(0, BUILD_THREADS, "guixd-build")

@@ -6,6 +6,7 @@ import os
 import stat
 
 from guixd.build.leftovers import RUNNING, remove_leftovers
+from guixd.build.users import BuildUser
 from guixd.build.workspace import Workspace
 from guixd.errors import StoreError
 from guixd.formats.path import StoreDirectory
@@ -33,6 +34,25 @@ class LeftoverTests(DirectoryTestCase):
         self.assertFalse(os.path.exists(dead))
         self.assertTrue(os.path.exists(running.outside) and os.path.exists(kept))
         running.remove()
+
+    def test_downloads(self) -> None:
+        """Those that the build users have go, too, if they are known."""
+        require(is_root(), "root")
+        path = StoreDirectory(self.at("store")).child("0" * 32 + "-git.drv")
+        user = BuildUser("builder", 61_001, 61_002, ())
+        for end in True, False:
+            workspace = Workspace.create(
+                path, temporary=self.directory, use_chroot=False, user=user, files={"f": b""}
+            )
+            tree = workspace.outside
+            if end:
+                self.die(workspace)
+            for gid in None, 61_003:
+                remove_leftovers(self.directory, gid)
+                self.assertTrue(os.path.exists(tree))
+            self.assertEqual(remove_leftovers(self.directory, 61_002), [])
+            self.assertEqual(os.path.exists(tree), not end)
+            workspace.remove()
 
     def test_others(self) -> None:
         """What only looks like one is left alone."""

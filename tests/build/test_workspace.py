@@ -128,6 +128,15 @@ class WorkspaceTests(_Workspaces):
         workspace.remove()
         self.assertTrue(os.path.exists(kept.path + "/file"))
 
+    def test_keep_with_names_taken(self) -> None:
+        """X33: what anybody makes beside a tree does not keep its client from getting it."""
+        workspace = self.create()
+        for end in ".pivot", "-1", ".keep":
+            Path(self.outside + end).mkdir()
+            Path(self.outside + end, "x").touch()
+        kept = workspace.keep(os.geteuid() or CLIENT, os.getegid())
+        self.assertEqual((kept.path, kept.problem), (self.outside, ""))
+
 
 @requires_root
 class BuildUserTests(_Workspaces):

@@ -194,6 +194,7 @@ class Place:
             temporary=self.settings.directories.temporary,
             use_chroot=contained,
             user=user,
+            plain=not contained,
         )
         self.case.addCleanup(workspace.remove)
         if self.user is None and os.geteuid() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -372,6 +373,28 @@ class Working(TestCase):
         cleaned.callback(None)
         await line.closed
         self.assertEqual(line.session.events, [BUILD, "disconnected"])
+
+    @asynchronous
+    async def test_work_finds_out(self) -> None:
+        """P27: when the work's own words tell that the client has gone, it is cancelled, too."""
+        line, build, fate = self.begin()
+        begun: Deferred[None] = Deferred()
+
+        async def talk(operation: object) -> bytes:
+            await begun
+            line.far.transport.getHandle().shutdown(socket.SHUT_RDWR)
+            line.connection.next(b"nobody hears this")
+            return await build
+
+        line.answers[op.BuildPaths] = talk
+        await line.greet()
+        line.far.send(BUILD.encode())
+        while BUILD not in line.session.events:
+            await next_turn()
+        begun.callback(None)
+        self.assertEqual(fate, [])
+        await line.closed
+        self.assertEqual(fate, ["cancelled"])
 
     @asynchronous
     async def test_flood(self) -> None:
