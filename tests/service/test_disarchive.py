@@ -10,7 +10,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from twisted.internet.defer import Deferred
+
 from guixd.build import heritage
+from guixd.client import RequestFailed
 from guixd.settings import UidRange
 from guixd.testing import TemporaryDaemon
 from tests.build.test_treebox import TOP
@@ -18,7 +21,6 @@ from tests.net.servers import unused_port
 from tests.service.downloads import DownloadCase, quoted
 from tests.service.test_git_downloads import FIRST_UID
 from tests.service.test_heritage import VAULT, FakeArchive
-from tests.service.world import set_options
 from tests.support import processes_of, temporary_directory
 
 SPECIFICATION = f'(disarchive (addresses (swhid "{TOP}")))\n'
@@ -131,10 +133,18 @@ class DisarchiveTest(DownloadCase):
         self.install(PROGRAM + "sleep 1000 & echo begun; sleep 1000\n")
         self.know()
         drv, out = await self.derive_archive()
-        await self.wanted.set_options(set_options(("build-max-silent-time", "1")))
-        _, text = await self.failure(self.wanted, drv)
-        self.assertIn("begun\n", text)
-        self.assertIn("timed out", text)
-        self.assertFalse(os.path.lexists(out))
+        begun: Deferred[None] = Deferred()
+
+        def log(data: bytes) -> None:
+            if b"begun" in data:
+                begun.callback(None)
+
+        self.wanted.log = log
+        building = self.wanted.build_paths([drv])
+        await begun
         self.assertIn("GET " + VAULT, self.archive.asked)
+        await self.daemon.stop()
+        await self.assertFailure(building, RequestFailed)
+        self.assertFalse(os.path.lexists(out))
+        self.assertEqual(os.listdir(self.directory + "/tmp"), [])
         self.assertEqual(processes_of((FIRST_UID + 4, FIRST_UID + 5)), [])
