@@ -64,6 +64,10 @@ class Goal:
     outdated: bool = False
     hopeful: bool = False
 
+    def makes(self, path: StorePath) -> bool:
+        """Whether the item PATH is an output of what is built."""
+        return self.drv is not None and path in self.drv.output_paths
+
     @property
     def key(self) -> tuple[str, str]:
         """What goals are sorted by."""
@@ -132,6 +136,12 @@ class Planner:
             await turns.give()
         while self._todo:
             await self._expand(self._todo.pop())
+            await turns.give()
+        for goal in self.goals.values():
+            # What is downloaded of its outputs for others need not be made.
+            if goal.drv is not None and not goal.error and goal.mode is BuildMode.NORMAL:
+                outputs = goal.drv.output_paths
+                _wait_for(goal, [self.goals[path] for path in outputs if path in self.goals])
             await turns.give()
 
     async def _needed(

@@ -289,6 +289,27 @@ class Retry(Case):
         self.downloads["second"].finish()
         self.successResultOf(building)
 
+    def test_one_of_two_outputs(self) -> None:
+        """U17, U18: a build waits for what is downloaded of its outputs, and makes the rest."""
+        for fails in False, True:
+            variables = {"outputs": "out lib"}
+            two = self.world.derive(f"two{fails}", outputs=("out", "lib"), environment=variables)
+            user = self.offered(self.world.derive(f"user{fails}"), self.world.output(two, "lib"))
+            self.downloads.offer(self.world.output(two, "lib"))
+            building = self.request(two, user, fallback=True)
+            self.assertEqual(self.downloads.running, [f"two{fails}-lib"])
+            self.assertEqual(self.launcher.running, [])
+            download = self.downloads[f"two{fails}-lib"]
+            if fails:
+                download.fail()
+                self.assertEqual(self.launcher.running, ["twoTrue", "userTrue"])
+                self.launcher["userTrue"].finish()
+            else:
+                download.finish()
+                self.downloads["userFalse"].finish()
+            self.launcher[f"two{fails}"].finish()
+            self.successResultOf(building)
+
     def test_what_could_not_be_built(self) -> None:
         """B3, U17: what a failed build should have made is not downloaded after all."""
         for fallback in False, True:
