@@ -83,7 +83,8 @@ class Disarchive:
                 archive = await heritage.save(url, directory)
                 if not await self._assemble(box, program, archive):
                     return False
-                await to_the_end(self._tools.threads(_copy, directory, box.uid, draft))
+                copying = self._tools.threads(_copy, directory, box.uid, draft)
+                await to_the_end(copying, draft.interest.lose)
             finally:
                 os.close(directory)
         return True

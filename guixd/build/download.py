@@ -114,7 +114,7 @@ class Download:
 
     async def _is_right(self, draft: Draft, inputs: Inputs, who: str) -> bool:
         """Make DRAFT the output; return whether it has the right hash."""
-        actual = await to_the_end(self._tools.threads(draft.finish))
+        actual = await to_the_end(self._tools.threads(draft.finish), draft.interest.lose)
         if draft.measured is not None:
             self.known = {inputs.output.path: Known(draft.measured, actual)}
         else:

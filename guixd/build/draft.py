@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from guixd.build.job import Interest
 from guixd.formats import hashes, nar
 from guixd.formats.derivation import Output
 from guixd.formats.references import Scanner
 from guixd.store.dump import Measured
 from guixd.store.links import end_key, start_key
-from guixd.store.trees import dump
+from guixd.store.trees import hash_nar
 
 _PART = ".part"
 
@@ -21,6 +22,7 @@ class Draft:
     Methods block for a moment; `write` may take longer, for a slow disk.
 
     :param hash_parts: what to look for in it.
+    :ivar interest: who takes it away lets `write` and `finish` end with a `CancelledError`.
     :ivar size: bytes that are there.
     :ivar measured: of a finished file whose size was known in time: what `hash_and_scan`
         would find.
@@ -29,6 +31,7 @@ class Draft:
     def __init__(
         self, directory: str, output: Output, executable: bool, hash_parts: Iterable[str]
     ) -> None:
+        self.interest = Interest()
         self.measured: Measured | None = None
         self._hash_parts = frozenset(hash_parts)
         self._expected: int | None = None
@@ -63,6 +66,7 @@ class Draft:
 
     def write(self, block: bytes) -> None:
         """Add BLOCK."""
+        self.interest.check()
         view = memoryview(block)
         while view:
             view = view[os.write(self._file, view) :]
@@ -85,7 +89,7 @@ class Draft:
             if self.measured is not None and self._output.hash_algorithm == "sha256":
                 digest = self.measured.digest
             else:
-                dump(self._directory, _PART, self._hash.update)
+                hash_nar(self._directory, _PART, self._hash, self.interest.check)
         os.rename(_PART, self._base, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self.size = 0
         return digest or self._hash.digest()

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredQueue
 
-from guixd.build import contents, outputs
+from guixd.build import contents, draft, outputs
 from guixd.formats import operations as op
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
@@ -18,8 +18,11 @@ from guixd.service.parts import WORKER_THREADS
 from guixd.store import collector, recovery
 from guixd.store.items import Registration
 from guixd.store.local import LocalStore
+from guixd.store.trees import hash_nar
 from guixd.store.verify import Verification
+from tests.net.servers import Server, always
 from tests.security.test_builds import BuildCase
+from tests.service.downloads import CONTENT, DownloadCase
 from tests.service.test_real_builds import PlayedCase
 from tests.service.world import set_options
 
@@ -76,6 +79,32 @@ class OutputTests(BuildCase):
         raws[0].transport.loseConnection()
         await watched.ended.get()
         await self.nothing_left()
+
+
+class DownloadTests(DownloadCase):
+    async def test_leaving(self) -> None:
+        """X34, W21: reading a downloaded file once more ends with the client."""
+
+        def enlarge_and_hash(directory: int, name: str, *rest: Any) -> object:
+            file = os.open(name, os.O_WRONLY, dir_fd=directory)
+            os.truncate(file, HOURS)
+            os.close(file)
+            return hash_nar(directory, name, *rest)
+
+        reading = Watched(enlarge_and_hash, lambda *_: True)
+        self.patch(draft, "hash_nar", reading)
+        # Without a length, so that the archive's head is not known in time.
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(CONTENT), CONTENT)
+        server = Server(self, always(head + body))
+        client = await self.client()
+        drv, _ = await self.derive(client, f'"{server.url()}"', executable=True)
+        client.build_paths([drv]).addErrback(lambda _: None)
+        await reading.begun.get()
+        await client.close()
+        await reading.ended.get()
+        await self.daemon.stop()
+        self.assertEqual(os.listdir(self.directory + "/tmp"), [])
 
 
 class ItemTests(PlayedCase):

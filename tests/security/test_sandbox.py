@@ -11,9 +11,15 @@ from pathlib import Path
 from twisted.trial.unittest import TestCase
 
 from guixd.build.leftovers import RUNNING
-from guixd.sandbox import kernel
+from guixd.sandbox import kernel, phases
 from tests.sandbox.place import Place
-from tests.support import is_root, require, requires_root, requires_user_namespaces
+from tests.support import (
+    DirectoryTestCase,
+    is_root,
+    require,
+    requires_root,
+    requires_user_namespaces,
+)
 
 
 class _Attacks:
@@ -122,6 +128,18 @@ class _ContainedAttacks(_Attacks):
         )
         self.assertNotIn("secret\n", seen.text + "\n")
         self.assertEqual(seen.text.count("No such file"), 8, seen.text)
+
+
+class ResolveTests(DirectoryTestCase):
+    def test_other_file(self) -> None:
+        """X33, CVE-2019-5736: the name that a link tells must be that of the very file."""
+        name = self.at("f")
+        with Path(name).open("w") as file:
+            builder = f"/proc/self/fd/{file.fileno()}"
+            self.assertEqual(phases._resolve(builder), name)
+            os.unlink(name)
+            Path(name + " (deleted)").touch()
+            self.assertRaises(FileNotFoundError, phases._resolve, builder)
 
 
 @requires_root

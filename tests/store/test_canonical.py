@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from guixd.errors import BuildError, StoreError
 from guixd.store import canonical
+from guixd.store.descent import Descent, walk
 from guixd.store.trees import (
     InodesSeen,
     canonicalise,
@@ -322,6 +323,21 @@ class StripTests(TreeTestCase):
                 step()
             self.assertIn("t/f", caught.exception.text)
         self.assertEqual(self.mode("secret"), 0o4606)
+
+    def test_directory_exchanged(self) -> None:
+        """CVE-2021-27851, I-PATH: a directory that takes the place of another is not entered."""
+        self.make("t", {b"d": {b"f": File(b"x")}})
+        self.make("other", {b"g": File(b"y")})
+        seen = []
+
+        def visit(_down: Descent, name: str, _status: os.stat_result) -> None:
+            seen.append(name)
+            if name == "d":
+                os.rename(self.at("t/d"), self.at("away"))
+                os.rename(self.at("other"), self.at("t/d"))
+
+        self.assertRaises(StoreError, walk, self.fd, "t", visit)
+        self.assertEqual(seen, ["t", "d"])
 
     def test_links_planted(self) -> None:
         """CVE-2021-27851: so is one that was planted when the links had been counted."""
