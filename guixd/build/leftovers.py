@@ -14,7 +14,7 @@ import stat
 import time
 
 from guixd.errors import StoreError
-from guixd.store.descent import DIRECTORY_FLAGS
+from guixd.store.descent import DIRECTORY_FLAGS, Check, go_on
 from guixd.store.removal import remove
 
 RUNNING = 0o1700
@@ -29,10 +29,11 @@ def claim(tree: int) -> None:
     fcntl.flock(tree, fcntl.LOCK_SH)
 
 
-def remove_leftovers(temporary: str, gid: int | None = None) -> list[str]:
+def remove_leftovers(temporary: str, gid: int | None = None, check: Check = go_on) -> list[str]:
     """Remove the build trees in the directory TEMPORARY whose daemons have died; blocks.
 
     :param gid: the group of build users, who have the trees of downloads.
+    :param check: called for each node; what it keeps from being removed stays.
     :return: what stands against the removal of some, for the log.
     """
     problems = []
@@ -42,13 +43,13 @@ def remove_leftovers(temporary: str, gid: int | None = None) -> list[str]:
         return [f"cannot read '{temporary}': {error.strerror}"]
     for name in names:
         try:
-            _remove_leftover(f"{temporary}/{name}", gid)
+            _remove_leftover(f"{temporary}/{name}", gid, check)
         except (OSError, StoreError) as error:
             problems.append(f"cannot remove '{temporary}/{name}': {error}")
     return problems
 
 
-def _remove_leftover(tree: str, gid: int | None) -> None:
+def _remove_leftover(tree: str, gid: int | None, check: Check) -> None:
     try:
         fd = os.open(tree, DIRECTORY_FLAGS)
     except OSError:
@@ -64,6 +65,6 @@ def _remove_leftover(tree: str, gid: int | None) -> None:
             return
         # Who makes a tree locks it before he puts something into it; he may be about to.
         if os.listdir(fd) or status.st_mtime < time.time() - _OLD:
-            remove(None, tree)
+            remove(None, tree, check=check)
     finally:
         os.close(fd)

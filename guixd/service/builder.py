@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from guixd.build.broadcast import Observer
+from guixd.build.job import Interest
 from guixd.build.request import BuildRequest
 from guixd.build.threads import pool_threads
 from guixd.service.shared import build_gid
@@ -30,7 +31,8 @@ def _tell(problems: list[str]) -> None:
 
 
 def _failed(failure: Failure) -> None:
-    _log.failure("cannot remove the build trees of a dead daemon", failure)
+    if not failure.check(CancelledError):  # type: ignore[no-untyped-call]
+        _log.failure("cannot remove the build trees of a dead daemon", failure)
 
 
 class SandboxBuilder:
@@ -44,7 +46,9 @@ class SandboxBuilder:
 
         temporary = daemon.settings.directories.temporary
         gid = None if daemon.uid else build_gid(daemon.settings)
-        daemon.threads(remove_leftovers, temporary, gid).addCallbacks(_tell, _failed)
+        self._interest = Interest()
+        removing = daemon.threads(remove_leftovers, temporary, gid, self._interest.check)
+        removing.addCallbacks(_tell, _failed)
         reactor: Any = daemon.reactor
         self._launcher = ZygoteLauncher(reactor)
         self._pool = ThreadPool(0, BUILD_THREADS, "guixd-build")
@@ -72,6 +76,7 @@ class SandboxBuilder:
         self._engine.close()
 
     async def _stop(self) -> None:
+        self._interest.lose()
         try:
             await self._engine.stop()
         finally:

@@ -350,6 +350,42 @@ class SmallDiskTests(BuildCase):
         await self.nothing_left()
 
 
+class ForkTests(BuildCase):
+    options: dict[str, Any] = {}
+
+    @property
+    def place(self) -> str:
+        """Where builders find the pipes."""
+        return "/shared"
+
+    async def test_forks(self) -> None:
+        """X21, X24, I-DEAD: nothing outlives its builder, whatever it ignores and starts."""
+        client = await self.client()
+        script = (
+            "trap '' TERM HUP INT;"
+            "for i in 1 2 3 4 5; do"
+            " ($b setsid $b sh -c \"trap '' TERM; while :; do $b sleep 1000; done\" &); done;"
+            "fork() { while :; do (:) & done; }; fork & fork &"
+            "(while :; do echo more >> $out; done &);"
+            f": > {self.place}/begun; read line < {self.place}/go; exit 0"
+        )
+        drv, _ = await self.prepare(client, "x", script)
+        building = client.build_paths([drv])
+        await self.told("begun")
+        await self.tell("go")
+        await building
+        self.assertFalse(await client.verify_store(check_contents=True))
+        await self.nothing_left()
+
+
+class PlainForkTests(ForkTests):
+    options = {"use_chroot": False}
+
+    @property
+    def place(self) -> str:
+        return str(self.shared)
+
+
 class HostileOutputTests(BuildCase):
     async def test_deep_trees(self) -> None:
         """X33, CVE-2025-46415: trees deeper than any name can be long are taken and removed."""

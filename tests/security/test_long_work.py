@@ -10,7 +10,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredQueue
 
-from guixd.build import contents, draft, outputs
+from guixd.build import contents, draft, leftovers, outputs
 from guixd.formats import operations as op
 from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
@@ -105,6 +105,24 @@ class DownloadTests(DownloadCase):
         await reading.ended.get()
         await self.daemon.stop()
         self.assertEqual(os.listdir(self.directory + "/tmp"), [])
+
+    async def test_stop_while_tidying(self) -> None:
+        """X34: a daemon that removes what a dead one has left can be stopped."""
+        tree = Path(self.directory, "tmp/guix-build-x.drv-0")
+        tree.joinpath("top").mkdir(parents=True)
+        tree.chmod(leftovers.RUNNING)
+
+        def slow(_fd: None, _name: str, *, check: Callable[[], object]) -> None:
+            while True:
+                check()
+                os.sched_yield()
+
+        removal = Watched(slow, lambda *_: True)
+        self.patch(leftovers, "remove", removal)
+        await self.raw(None, set_options(), op.BuildPaths((self.path("x.drv"),)))
+        await removal.begun.get()
+        await self.daemon.stop()
+        self.assertTrue(tree.joinpath("top").exists())
 
 
 class ItemTests(PlayedCase):

@@ -394,6 +394,21 @@ class CopyTests(TreeTestCase):
         b"l": Link(b"f"),
     }
 
+    def test_exchanged(self) -> None:
+        """I-PATH: what has taken the place of a file that was looked at is not copied."""
+        self.make("t", {b"f": File(b"x")})
+        self.make("other", File(b"secret"))
+        really_open = os.open
+
+        def late(name: Any, *args: Any, **named: Any) -> int:
+            if name == "f" and os.path.exists(self.at("other")):
+                os.rename(self.at("other"), self.at("t/f"))
+            return really_open(name, *args, **named)
+
+        with patch("os.open", late):
+            self.assertRaises(StoreError, copy_fresh, self.fd, "t", self.fd, "copy")
+        self.assertEqual(os.listdir(self.at("copy")), [])
+
     def test_copy(self) -> None:
         """I-FRESH: a copy has the same contents and permissions but no inode in common."""
         self.make("t", self.TREE)
