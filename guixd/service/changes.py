@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 from twisted.internet.task import deferLater
+from twisted.logger import Logger
 
 from guixd.build.request import Level
 from guixd.errors import BadSetting, NotInStore
 from guixd.formats import operations as op
 from guixd.service.session import Handlers, QuietError, Session
+
+_log = Logger()
 
 CLEARED_AT_ONCE = 500
 """How many failures are forgotten in one transaction."""
@@ -20,16 +23,16 @@ def set_options(session: Session, request: op.SetOptions) -> None:
         users = session.options.apply(request)
     except BadSetting as error:
         raise QuietError(error) from error
-    if session.options.use_substitutes:
-        for url in session.options.refused_servers:
-            text = (
-                f"not looking for substitutes in '{url}': only the administrator names directories"
-            )
-            session.log.log(Level.ERROR, text)
+    refused = session.options.refused_servers if session.options.use_substitutes else ()
+    if refused:
+        # One message: who wrote guix's client expected no more in reply to this request.
+        urls = ", ".join(f"'{url}'" for url in refused)
+        text = f"not looking for substitutes in {urls}: only the administrator names directories"
+        session.log.log(Level.ERROR, text)
     for name in users:
         problem = session.store.ensure_user_directory(name)
         if problem:
-            session.log.log(Level.INFO, problem)
+            _log.info("{problem}", problem=problem)
     if session.options.substitute_urls():
         session.daemon.expect_downloads()
 

@@ -118,6 +118,8 @@ class UntrustedClients(DirectoryCase):
             self.assertNotIn("download-started", self.text())
             self.assertNothing(self.item)
         client = await self.client(self.port, urls=" ".join(spellings))
+        self.assertEqual(len(self.log), 1)  # guix's client cannot read more so early
+        self.assertIn(spellings[-1], self.text())
         self.assertEqual(await client.substitutable_paths([self.item]), ())
         self.assertTrue(await self.take(str(self.files)))  # the daemon's own user
         self.assertNotIn("not looking", self.text())
