@@ -339,7 +339,7 @@ class RequestRun:
             dependents = sorted(dependents, key=lambda dependent: dependent.key)
         for dependent in dependents:
             dependent.pending -= 1
-            if not succeeded and not dependent.makes(goal.path):
+            if not succeeded:
                 dependent.failed += 1
                 dependent.culprit = dependent.culprit or goal.culprit or goal.path
             if self._is_ready(dependent):

@@ -64,10 +64,6 @@ class Goal:
     outdated: bool = False
     hopeful: bool = False
 
-    def makes(self, path: StorePath) -> bool:
-        """Whether the item PATH is an output of what is built."""
-        return self.drv is not None and path in self.drv.output_paths
-
     @property
     def key(self) -> tuple[str, str]:
         """What goals are sorted by."""

@@ -112,6 +112,21 @@ class SchedulerTests(SynchronousTestCase):
         scheduler.release(self.slots["a"])
         self.assertEqual(self.order, ["a", "b"])
 
+    def test_room_of_a_slot_that_moves(self) -> None:
+        """The share that it leaves goes on, also with one job; a closed share gets nothing."""
+        scheduler = Scheduler()
+        first, second = scheduler.share(1), scheduler.share(1)
+        for name in "a", "b":
+            self.ask(first, name)
+        self.assertTrue(first.may_start(local=False))
+        scheduler.move(self.slots["a"], second)
+        self.assertEqual(self.order, ["a", "b"])
+        for name in "c", "d":
+            self.ask(first, name)
+        first.close()
+        scheduler.release(self.slots["b"])
+        self.assertEqual(self.order, ["a", "b"])
+
     def test_closed(self) -> None:
         """O20: once closed, nothing begins, whatever ends."""
         scheduler = Scheduler(lambda: 1)
