@@ -109,24 +109,30 @@ def _take(path: str, status: os.stat_result) -> None:
     uid, gid = os.geteuid(), os.getegid()
     if (status.st_uid, status.st_gid) != (uid, gid):
         os.chown(path, uid, gid)
-    _drop_attributes(path)
+    _drop_attributes(path, status)
 
 
-def _drop_attributes(path: str) -> None:
-    """Drop the extended attributes of the inode behind PATH, access control lists among them."""
+def _drop_attributes(path: str, status: os.stat_result) -> bool:
+    """Drop the extended attributes of the inode behind PATH, access control lists among them.
+
+    :return: whether there were some; then its permissions may be others than before.
+    """
     try:
         attributes = os.listxattr(path)
     except OSError as error:
         if error.errno != ENOTSUP:
             raise
-        return
-    for attribute in attributes:
-        if not _is_of_system(attribute):
-            try:
-                os.removexattr(path, attribute)
-            except OSError as error:
-                if error.errno != ENODATA:  # the one removal may take another along
-                    raise
+        return False
+    dropped = [attribute for attribute in attributes if not _is_of_system(attribute)]
+    if dropped and not status.st_mode & stat.S_IWUSR:
+        os.chmod(path, stat.S_IMODE(status.st_mode) | stat.S_IWUSR)  # else only root may
+    for attribute in dropped:
+        try:
+            os.removexattr(path, attribute)
+        except OSError as error:
+            if error.errno != ENODATA:  # the one removal may take another along
+                raise
+    return bool(dropped)
 
 
 def _is_of_system(attribute: str) -> bool:
@@ -202,8 +208,7 @@ def strip(dir_fd: int | None, name: str, *, pipes: bool = True, check: Check = g
         mode = status.st_mode
         if not stat.S_ISLNK(mode):
             with _Handle(name, down.fd, status, links) as path:
-                _drop_attributes(path)
-                if mode & _UNSAFE:
+                if _drop_attributes(path, status) or mode & _UNSAFE:
                     os.chmod(path, stat.S_IMODE(mode) & ~_UNSAFE)
 
     _guarded(name, lambda: walk(dir_fd, name, strip_node, check=check))

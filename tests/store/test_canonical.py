@@ -135,6 +135,7 @@ class CanonicaliseTests(TreeTestCase):
                 os.setxattr(self.at(name), "user.note", b"x")
             except OSError:
                 require(False, "a file system with extended attributes")
+        os.chmod(self.at("t/f"), 0o444)
         canonicalise(self.fd, "t", None, set())
         for name in ("t", "t/f"):
             self.assertEqual(os.listxattr(self.at(name)), [])
@@ -367,7 +368,9 @@ class StripTests(TreeTestCase):
         self.make("t", {b"f": File(b"x"), b"d": {b"p": File()}})
         self.set_access_lists("t/d/p", "t")
         os.setxattr(self.at("t/f"), "user.note", b"x")
+        os.chmod(self.at("t/f"), 0o444)
         strip(self.fd, "t")
+        self.assertEqual(self.mode("t/f"), 0o444)
         for name in ("t", "t/f", "t/d/p"):
             self.assertEqual(os.listxattr(self.at(name)), [])
 
