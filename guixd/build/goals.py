@@ -178,7 +178,6 @@ class RequestRun:
         rest = self._rests_until - clock.seconds()
         if rest > 0:
             await deferLater(clock, rest)
-        self._outdated = False
         began = clock.seconds()
         goals = await self._plan(self._past)
         ended = clock.seconds()

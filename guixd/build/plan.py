@@ -147,12 +147,14 @@ class Planner:
         substitute = mode is BuildMode.NORMAL and self._available.offers
         if substitute and path not in self.goals:
             database = self._store.database
+            await self._protection.add(path)
             known = self._store.derivation_outputs(path) if database.is_valid(path) else {}
+            for output in known.values():
+                await self._protection.add(output)
             names = set(outputs or ()) or set(known)
             wanted = [output for name, output in known.items() if name in names]
             missing = [output for output in wanted if not database.is_valid(output)]
             if missing and self._available.offers.keys() >= set(missing):
-                await self._protection.add(path)
                 return await self._offered(missing)
         goal = await self._enter(path, outputs, mode)
         return [] if goal is None else [goal]

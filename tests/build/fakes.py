@@ -164,6 +164,7 @@ class FakeSubstitutes:
     """Keeps the downloads that were begun, by the names of the items.
 
     :ivar store: where items go; to be set.
+    :ivar offers: what there is.
     """
 
     def __init__(self) -> None:
@@ -171,12 +172,12 @@ class FakeSubstitutes:
         self.claims = Claims()
         self.started: list[FakeDownload] = []
         self.searches = 0
-        self._offers: dict[StorePath, Offer] = {}
+        self.offers: dict[StorePath, Offer] = {}
 
     def offer(self, path: StorePath, *references: StorePath) -> StorePath:
         """Have PATH; return it."""
         known = Narinfo(path, "sha256", bytes(32), 120, frozenset(references))
-        self._offers[path] = Offer(known, (Source("http://there", known),))
+        self.offers[path] = Offer(known, (Source("http://there", known),))
         return path
 
     def __getitem__(self, name: str) -> FakeDownload:
@@ -195,7 +196,7 @@ class FakeSubstitutes:
 
     async def find(self, paths: Any, _options: object, _observer: object) -> dict[StorePath, Offer]:
         self.searches += 1
-        return {path: self._offers[path] for path in paths if path in self._offers}
+        return {path: self.offers[path] for path in paths if path in self.offers}
 
     def attach(self, offer: Offer, *_: object) -> tuple[FakeDownload, Attachment]:
         download = FakeDownload(self.store, offer)

@@ -9,13 +9,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from guixd.build.available import Available
 from guixd.build.plan import Planner
 from guixd.build.request import Wanted
 from guixd.build.threads import inline
 from guixd.errors import Busy
 from guixd.formats.path import StorePath
 from guixd.store.items import Registration
-from tests.build.fakes import FakeLauncher
+from tests.build.fakes import FakeLauncher, FakeSubstitutes
 from tests.build.graph import World
 
 
@@ -81,10 +82,32 @@ class PlanTests(SynchronousTestCase):
         world.store.register([Registration(output, bytes(32), 120)])
         world.store._derivations.forget(made)
         Path(made).unlink()
+        world.roots = world.store.temp_roots()
         planner = Planner(self.clock, inline, world.store, world.roots)
         self.successResultOf(Deferred.fromCoroutine(planner.plan([Wanted(made)])))
         self.assertEqual(planner.goals, {})
-        self.assertLessEqual({made, output}, world.roots.paths)
+        self.assertEqual({made, output}, world.roots.paths)
+
+    def test_downloads(self) -> None:
+        """G19: what is downloaded is protected with all that belongs or is referred to."""
+        world = self.world
+        library = world.derive("library")
+        drv = world.derive("two", outputs=("out", "lib"))
+        there, here = world.output(drv), world.output(drv, "lib")
+        item = world.output(world.derive("item"))
+        Path(here).write_text("x")
+        world.store.register([Registration(here, bytes(32), 120)])
+        offers = FakeSubstitutes()
+        offers.offer(there, world.output(library), here)
+        for path in item, world.output(library):
+            offers.offer(path)
+        available = Available(offers.offers)
+        world.roots = world.store.temp_roots()
+        planner = Planner(self.clock, inline, world.store, world.roots, available=available)
+        wanted = Wanted(drv), Wanted(item)
+        self.successResultOf(Deferred.fromCoroutine(planner.plan(wanted)))
+        self.assertEqual(planner.goals.keys(), offers.offers.keys())
+        self.assertEqual(world.roots.paths, {drv, here, *offers.offers})
 
     def test_collector_in_the_way(self) -> None:
         """While a collector reads the roots, planning waits and goes on afterwards."""
