@@ -31,6 +31,7 @@ from guixd.build.threads import to_the_end
 from guixd.errors import FetchError
 from guixd.formats.hashes import to_base32
 from guixd.formats.path import StorePath
+from guixd.formats.scheme import Datum
 from guixd.formats.trace import DownloadProgress, DownloadStarted, DownloadSucceeded
 from guixd.net.receiving import receive
 from guixd.net.requests import LEAST, RESUMPTIONS, SCHEMES, Head, Request
@@ -92,7 +93,7 @@ class Download:
         return False
 
     async def _run(self) -> bool:
-        inputs = read_inputs(self._job.drv)
+        inputs = await self._tools.threads(read_inputs, self._job.drv)
         await self._check_files(inputs)
         draft = self._draft = Draft(
             self._directory, inputs.output, inputs.executable, self._hash_parts
@@ -131,7 +132,7 @@ class Download:
             return False
         if inputs.output.is_recursive:
             return False  # Servers do not know such hashes.
-        mirrors = strings(datum(await self._read(inputs, name), name), name)
+        mirrors = strings(await self._datum(inputs, name), name)
         disarchive = Disarchive(self._tools, self._job.path, self._say)
         return await disarchive.rebuild(inputs.output, mirrors, draft)
 
@@ -148,6 +149,10 @@ class Download:
             raise Refused(f"'{file}' is not in a valid item of the store")
         return await tools.threads(read_beneath, tools.store, relative)
 
+    async def _datum(self, inputs: Inputs, name: str) -> Datum:
+        """Return what the list of mirrors NAME says."""
+        return await self._tools.threads(datum, await self._read(inputs, name), name)
+
     # --- where to look ------------------------------------------------------------
 
     async def _places(self, inputs: Inputs) -> AsyncIterator[str]:
@@ -157,8 +162,9 @@ class Download:
             for url in inputs.urls:
                 found = [url]
                 if check_url(url) == "mirror":
-                    text = await self._read(inputs, "mirrors") if "mirrors" in inputs.files else ""
-                    found = list(expand(url, datum(text or "()", "mirrors")))
+                    known = "mirrors" in inputs.files
+                    mirrors = await self._datum(inputs, "mirrors") if known else ()
+                    found = list(expand(url, mirrors))
                 for each in found:
                     first = first or each
                     yield each
@@ -226,6 +232,8 @@ class Download:
                 self._say(f"the connection broke, going on from byte {head.offset}\n")
                 return
             size = head.size
+            if size is not None and size > limit:
+                raise FetchError("limit", f"{size} bytes are more than the disk has room for")
             draft.expect(size)
             if self._follow:
                 self._trace(DownloadStarted(path, shown, head.size))

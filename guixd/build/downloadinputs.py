@@ -13,6 +13,8 @@ from guixd.formats.scheme import BadDatum, Datum, Symbol, parse
 from guixd.store.beneath import open_beneath
 
 METHODS = ("upstream", "content-addressed-mirrors", "internet-archive", "disarchive")
+LARGEST_VALUE = 64 << 10
+"""Characters of a variable that is read."""
 LARGEST_FILE = 1 << 20
 """Bytes of a list of mirrors."""
 _FILES = ("mirrors", "content-addressed-mirrors", "disarchive-mirrors")
@@ -38,7 +40,7 @@ class Inputs:
 
 
 def read_inputs(drv: Derivation) -> Inputs:
-    """Read the environment of DRV.
+    """Read the environment of DRV; may take a while.
 
     :raises Refused: there is something wrong with it.
     """
@@ -51,14 +53,14 @@ def read_inputs(drv: Derivation) -> Inputs:
     executable = environment.get("executable") == "1"
     if executable and not output.is_recursive:
         raise Refused("an executable needs a recursive hash")
-    urls = strings(datum(environment["url"], "url"), "url")
+    urls = strings(variable(environment, "url"), "url")
     if not urls:
         raise Refused("there is no URL")
     for url in urls:
         check_url(url)
     methods: tuple[str, ...] = METHODS
     if "download-methods" in environment:
-        value = datum(environment["download-methods"], "download-methods")
+        value = variable(environment, "download-methods")
         if not isinstance(value, tuple) or not all(isinstance(name, Symbol) for name in value):
             raise Refused("'download-methods' is no list of names")
         methods = tuple(str(name) for name in value)
@@ -66,8 +68,18 @@ def read_inputs(drv: Derivation) -> Inputs:
     return Inputs(output, urls, executable, methods, files)
 
 
+def variable(environment: Mapping[str, str], name: str) -> Datum:
+    """Read the value of the variable NAME of ENVIRONMENT.
+
+    :raises Refused: it is no printed datum, or a very long one.
+    """
+    if len(environment[name]) > LARGEST_VALUE:
+        raise Refused(f"'{name}' is longer than {LARGEST_VALUE} characters")
+    return datum(environment[name], name)
+
+
 def datum(text: str, name: str) -> Datum:
-    """Read TEXT, the value of the variable NAME.
+    """Read TEXT, which is what NAME says.
 
     :raises Refused: it is no printed datum.
     """

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from guixd.build import gitbox, treebox
 from guixd.build.container import Host
-from guixd.build.downloadinputs import Refused, check_url, datum, strings
+from guixd.build.downloadinputs import Refused, check_url, strings, variable
 from guixd.build.job import Job
 from guixd.build.results import BuildFailure, Status
 from guixd.build.users import BuildUser
@@ -66,16 +66,16 @@ def read_commit(drv: Derivation) -> Commit:
     environment = drv.environment
     if "url" not in environment or not environment.get("commit"):
         raise Refused("the derivation has no 'url' or no 'commit'")
-    (url, *others) = strings(datum(environment["url"], "url"), "url") or ("",)
+    (url, *others) = strings(variable(environment, "url"), "url") or ("",)
     if others or check_url(url) not in _SCHEMES:
         raise Refused("'url' is no URL that Git can fetch from here")
     commit = environment["commit"]
     if commit.startswith("-") or any(c <= " " or c == "\x7f" for c in commit):
         raise Refused("'commit' is no commit and no tag")
-    recursive = datum(environment.get("recursive?", "#f"), "recursive?")
+    recursive = "recursive?" in environment and variable(environment, "recursive?")
     methods: tuple[str, ...] = ("upstream", "nar", "swh")
     if "download-methods" in environment:
-        value = datum(environment["download-methods"], "download-methods")
+        value = variable(environment, "download-methods")
         methods = tuple(map(str, value)) if isinstance(value, tuple) else ()
     return Commit(url, commit, recursive is not False, methods)
 

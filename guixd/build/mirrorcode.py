@@ -20,6 +20,8 @@ MOST_STEPS = 10_000
 DEEPEST = 100
 LONGEST_STRING = 64 << 10
 LONGEST_LIST = 1000
+MOST_MADE = 1 << 20
+"""Most characters and items of all values together."""
 MOST_URLS = 32
 
 
@@ -83,7 +85,7 @@ def urls(text: str, name: str, algorithm: str, digest: bytes) -> list[str]:
 
 class _Machine:
     def __init__(self) -> None:
-        self._steps = 0
+        self._steps = self._made = 0
 
     def _step(self, depth: int) -> None:
         self._steps += 1
@@ -125,10 +127,10 @@ class _Machine:
         if not isinstance(procedure, _Primitive):
             raise BadMirrors("what is called is no procedure")
         result = procedure.call(arguments)
-        if isinstance(result, str | bytes) and len(result) > LONGEST_STRING:
-            raise BadMirrors("a string is too long")
-        if isinstance(result, tuple) and len(result) > LONGEST_LIST:
-            raise BadMirrors("a list is too long")
+        if isinstance(result, str | bytes | tuple):
+            self._made += len(result)
+        if self._made > MOST_MADE:
+            raise BadMirrors("it makes too much")
         return result
 
     def sequence(self, body: Sequence[Datum], scope: _Scope, depth: int) -> Value:

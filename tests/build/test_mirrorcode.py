@@ -59,6 +59,7 @@ class MirrorCodeTest(SynchronousTestCase):
 
     def test_hostile_texts_come_to_an_end(self) -> None:
         """W16: loops, unknown names, huge strings."""
+        many = f"(quote ({'1 ' * 100}))"
         doubling = "(define (d s n) (if (eq? n 0) s (d (string-append s s) n)))"
         for text in (
             '(list (lambda (f a h) (system "id")))',
@@ -66,6 +67,8 @@ class MirrorCodeTest(SynchronousTestCase):
             "(begin (define (o x) (o (o x))) (list (lambda (f a h) (o f))))",
             f'(begin {doubling} (list (lambda (f a h) (d "aaaaaaaa" 1))))',
             "(begin (define (l x) (l (append x x))) (l (list 1 2)))",
+            f'(begin (define s "{"a" * 20_000}") (map (lambda (x) (string-append s s)) {many})'
+            " (list (lambda (f a h) f)))",
             "(list (lambda (f a h) 5))",
             "(list (lambda (f a h) a))",
             "(list 5)",

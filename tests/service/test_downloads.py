@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from guixd.build import download
+from guixd.build.downloadinputs import LARGEST_VALUE
 from guixd.build.request import BuildMode
 from guixd.formats.hashes import to_base32
 from tests.net.servers import Asked, Server, always, answer, unused_port
@@ -66,6 +67,16 @@ class DownloadTest(DownloadCase):
         self.assertEqual(len(server.requests), 2)
         self.assertFalse(os.path.exists(out))
 
+    async def test_too_large(self) -> None:
+        """W8: what would fill the disk is not even begun."""
+        server = Server(self, always(answer(CONTENT, length=1 << 49)))
+        client = await self.client()
+        drv, _ = await self.derive(client, f'"{server.url()}"')
+        status, text = await self.failure(client, drv)
+        self.assertEqual(status, 1)
+        self.assertIn("more than the disk has room for", text)
+        await server.connections[0].closed
+
     async def test_what_is_refused(self) -> None:
         """W3, W6: before any request."""
         server = Server(self, always(answer(CONTENT)))
@@ -80,6 +91,7 @@ class DownloadTest(DownloadCase):
             "(a b)",
             "#.(exit)",
             "5",
+            quoted(server.url(), server.url("/" + "x" * LARGEST_VALUE)),
         ):
             drv, _ = await self.derive(client, url)
             status, text = await self.failure(client, drv)
