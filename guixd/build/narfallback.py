@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from guixd.build.downloadtools import DownloadTools
 from guixd.build.threads import to_the_end
@@ -18,6 +19,8 @@ from guixd.store.restore import TreeWriter
 from guixd.store.trees import remove
 
 _OTHER = "other"
+_KEPT_FREE = 64 << 20
+"""Bytes that an archive must leave free."""
 SERVERS = ("http://bordeaux.guix.gnu.org", "http://ci.guix.gnu.org")
 _FORMS = (("nar/lzip", "lzip"), ("nar", "none"))
 """Parts of URLs, and what is to be undone, in the order of preference."""
@@ -64,6 +67,8 @@ async def fetch_nar(
 async def _restore(tools: DownloadTools, request: Request, directory: str, output: Output) -> bytes:
     """Restore an archive; return its hash."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    status = os.fstatvfs(opened)
+    request = replace(request, limit=max(status.f_bavail * status.f_frsize - _KEPT_FREE, 0))
     writer = TreeWriter(opened, output.path.base)
     parser = NarParser(writer)
     running = hashes.new(output.hash_algorithm)
