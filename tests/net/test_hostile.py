@@ -72,7 +72,7 @@ class HostileTest(FetcherCase):
         self.assertEqual((await self.assertFailure(fetching, FetchError)).kind, "body")
 
     async def test_redirections(self) -> None:
-        """W10: absolute, relative, without end, to files and nowhere."""
+        """W10: absolute, relative, of all kinds, without end, to files and nowhere."""
 
         def script(connection: Asked, request: str) -> None:
             path = request.split()[1]
@@ -90,9 +90,14 @@ class HostileTest(FetcherCase):
             elif target is None:
                 connection.send(answer(status="302 Found"))
             else:
-                connection.send(answer(status="301 Moved", Location=target))
+                connection.send(answer(b"moved", status=f"{kind} Moved", Location=target))
 
         server = Server(self, script)
+        for kind in (302, 303, 307, 308):
+            self.assertEqual((await self.fetch(server.url("/a/relative")))[0], b"good", kind)
+        kind = 301
+        error = await self.refused(server.url("/loop"), method="POST")
+        self.assertEqual((error.kind, error.http_status), ("http", 301))
         for path in ("/absolute", "/a/relative"):
             body, fetched = await self.fetch(server.url(path))
             self.assertEqual(body, b"good")
@@ -100,7 +105,7 @@ class HostileTest(FetcherCase):
         self.assertEqual((await self.fetch(server.url("/plain")))[0], b"good")
         for path in ("/loop", "/file", "/gopher", "/nowhere", "/broken"):
             self.assertEqual((await self.refused(server.url(path))).kind, "redirect", path)
-        self.assertLess(len(server.requests), 32)
+        self.assertLess(len(server.requests), 45)
 
     async def test_credentials_stay_with_their_host(self) -> None:
         """W11"""
@@ -148,6 +153,7 @@ class HostileTest(FetcherCase):
             answer(b"x", status="206 Partial Content", Content_Range="bytes 0-0/10")
         )
         self.assertEqual((await self.refused(server.url(), offset=5)).kind, "body")
+        self.assertEqual((await self.refused(server.url())).http_status, 206)
 
     async def test_servers_that_close_after_each_answer(self) -> None:
         """U14: lookups go on over new connections."""
