@@ -117,12 +117,23 @@ class ProcessTest(FetcherCase):
         """W22"""
         server = Server(self, always(answer(b"hello")))
         await self.fetch(server.url())
-        text = Path(f"/proc/{self.fetcher.pid}/status").read_text()
+        process = Path(f"/proc/{self.fetcher.pid}")
+        text = (process / "status").read_text()
         status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
         if os.getuid() == 0:
-            self.assertNotIn("0", status["Uid"].split())
-            self.assertEqual(int(status["CapBnd"], 16), 0)
+            for name in ("Uid", "Gid", "Groups"):
+                self.assertNotIn("0", status[name].split())
+            for name in ("Inh", "Prm", "Eff", "Bnd", "Amb"):
+                self.assertEqual(int(status[f"Cap{name}"], 16), 0, name)
             self.assertEqual(status["NoNewPrivs"], "1")
+            for name in ("mnt", "ipc", "uts"):
+                self.assertNotEqual(
+                    *(os.readlink(p / "ns" / name) for p in (process, Path("/proc/self")))
+                )
+            limits = (process / "limits").read_text()
+            for name in ("core file size", "file size"):
+                self.assertRegex(limits, f"Max {name} +0 +0 ")
+            self.assertEqual((process / "mem").stat().st_uid, 0)  # It cannot be traced.
 
     async def test_a_process_that_was_started_before(self) -> None:
         """It is used, and ends when the daemon hangs up without having used it."""
