@@ -28,6 +28,17 @@ class GoodServerTest(FetcherCase):
         self.assertEqual(len(server.connections), 1)
         self.assertIn("User-Agent: GNU Guile", server.requests[0])
 
+    async def test_a_connection_that_was_kept_too_long(self) -> None:
+        """W8: the server has closed it when it is used again."""
+
+        def script(connection: Asked, _: str) -> None:
+            connection.reset() if len(connection.requests) == 2 else connection.send(answer(b"x"))
+
+        server = Server(self, script)
+        for connections in (1, 2):
+            self.assertEqual((await self.fetch(server.url()))[0], b"x")
+            self.assertEqual(len(server.connections), connections)
+
     async def test_large_bodies_come_whole(self) -> None:
         content = os.urandom(3 << 20)
         server = Server(self, always(answer(content)))

@@ -147,6 +147,11 @@ class HostileTest(FetcherCase):
         server = Server(self, script)
         body, fetched = await self.fetch(server.url(), offset=5, validator='"tag"')
         self.assertEqual((body, fetched.head.offset, fetched.head.size), (b"56789", 5, 10))
+        chunked = "Transfer-Encoding: chunked\r\nContent-Range: bytes 5-9/10\r\n\r\n"
+        response = f"HTTP/1.1 206 Partial Content\r\n{chunked}5\r\n56789\r\n0\r\n\r\n"
+        other = Server(self, always(response.encode()))
+        body, fetched = await self.fetch(other.url(), offset=5)
+        self.assertEqual((body, fetched.head.offset, fetched.head.size), (b"56789", 5, 10))
         body, fetched = await self.fetch(server.url(), offset=5, validator='"old"')
         self.assertEqual((body, fetched.head.offset), (b"0123456789", 0))
         server.script = always(
