@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 _log = Logger()
 
-BUILD_THREADS = 256
-"""One for each build at work: outputs can take long, and others must not wait for them."""
+BUILD_THREADS = 32
+"""So many that builds hardly wait for others' outputs, which can take long; but those of
+small files slow the reactor's thread down, the more the more threads are at it."""
 
 
 def _tell(problems: list[str]) -> None:
