@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from guixd.errors import BadNarinfo, FetchError
@@ -48,7 +49,9 @@ MOST_KEPT = 48 << 20
 _COST = 512
 _COST_OF_REFERENCE = 160
 """Bytes that an answer, and each reference in it, needs besides its text."""
-_AT_ONCE = 256
+AT_ONCE = 1000
+"""How many items are asked for before others have their turn."""
+_READ = 256
 """How many answers are read from files in one step of a thread."""
 
 _LONG = 16 << 10
@@ -142,9 +145,26 @@ class Narinfos:
         :param tell: gets a line for each of those, once.
         """
         offers: dict[StorePath, Offer] = {}
+        asked = list(dict.fromkeys(paths))
+        told: set[str] = set()
+
+        def tell_once(line: str) -> None:
+            if line not in told:
+                told.add(line)
+                tell(line)
+
+        for start in range(0, len(asked), AT_ONCE):
+            if start:  # Others have their turn, even if all the answers are here.
+                await deferLater(self._clock, 0)
+            offers |= await self._find(asked[start : start + AT_ONCE], servers, tell_once)
+        return offers
+
+    async def _find(
+        self, left: Sequence[StorePath], servers: Sequence[str], tell: Tell
+    ) -> dict[StorePath, Offer]:
+        offers: dict[StorePath, Offer] = {}
         said: dict[StorePath, list[Source]] = {}
         vouched: dict[StorePath, list[Narinfo]] = {}
-        left = list(dict.fromkeys(paths))
         for server in servers:
             if not left:
                 break
@@ -229,8 +249,8 @@ class Narinfos:
     async def _obtain(self, server: str, paths: Sequence[StorePath]) -> None:
         left = dict.fromkeys(paths)
         try:
-            for start in range(0, len(paths), _AT_ONCE):
-                part = paths[start : start + _AT_ONCE]
+            for start in range(0, len(paths), _READ):
+                part = paths[start : start + _READ]
                 for path, (entry, known) in (await self._threads(self._load, server, part)).items():
                     self._settle(server, path, known, entry.expiry, len(entry.value or b""))
                     del left[path]

@@ -290,6 +290,20 @@ class NarinfosTests(SynchronousTestCase):
         self.clock.advance(DOWN + 1)
         self.assertEqual(set(self.find(item)), {item})
 
+    def test_many(self) -> None:
+        """Others have their turn meanwhile; nobody is named twice."""
+        self.patch(narinfos, "AT_ONCE", 2)
+        items, told = [self.serve(letter) for letter in "abcd"], list[str]()
+        down = Answer(0, b"connection refused", None, "connect")
+        for item in items:
+            self.lookups.known[f"http://down/{item.hash_part}.narinfo"] = down
+        finding = self.narinfos.find(items, ["http://down", SERVER], told.append)
+        found = Deferred.fromCoroutine(finding)
+        self.assertNoResult(found)
+        self.clock.advance(0)
+        self.assertEqual(set(self.successResultOf(found)), set(items))
+        self.assertEqual(len(told), 1)
+
     def test_false_names(self) -> None:
         """What somebody calls a server wrongly does not keep others from it."""
         names = SERVER.replace("http", "foo"), SERVER.replace("http", "https"), SERVER[7:]
