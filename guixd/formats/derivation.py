@@ -261,7 +261,7 @@ def _serialise(
         output = drv.outputs[name]
         path = "" if masked else output.path
         outputs.append(f"(\0{name}\0,\0{path}\0,\0{output.algorithm}\0,\0{output.hash}\0)")
-    used = [f"(\0{key}\0,{_list(_sorted(inputs[key]))})" for key in _sorted(inputs)]
+    used = [f"(\0{key}\0,{_list(_sorted(set(inputs[key])))})" for key in _sorted(inputs)]
     variables = [f"(\0{name}\0,\0{environment[name]}\0)" for name in _sorted(environment)]
     text = (
         f"Derive([{','.join(outputs)}],[{','.join(used)}],{_list(_sorted(set(drv.sources)))},"

@@ -225,6 +225,19 @@ class ParseTests(SynchronousTestCase):
             b'Derive([],[],["/gnu/store/a","/gnu/store/b"],"p","b",["2","1"],[("a","2"),("b","1")])',
         )
 
+    def test_sets(self) -> None:
+        """D1, D7: outputs of an input, and sources, count once, as the stock daemon has sets."""
+        drv = parse(
+            b'Derive([],[("/gnu/store/a.drv",["out","dev","out"])],["/gnu/store/b","/gnu/store/b"],'
+            b'"p","b",["1","1"],[])',
+            STORE,
+        )
+        self.assertEqual(
+            serialise(drv),
+            b'Derive([],[("/gnu/store/a.drv",["dev","out"])],["/gnu/store/b"],'
+            b'"p","b",["1","1"],[])',
+        )
+
     def test_no_outputs(self) -> None:
         """D8: a derivation without outputs is one."""
         drv = parse(b'Derive([],[],[],"p","b",[],[])', STORE)
