@@ -296,7 +296,9 @@ class RequestRun:
     def _settle(self, goal: Goal, result: Result) -> None:
         """GOAL has ended with RESULT, which is told once, whatever the plans are."""
         self._results[goal.path] = goal, result
-        if not result.status.succeeded and not self._can_do_without(goal):
+        # Without keep-going what fails while the first failure waits for its turn comes too late.
+        late = bool(self._failed) and not self.request.options.keep_going
+        if not result.status.succeeded and not self._can_do_without(goal) and not late:
             self._code = max(self._code, result.status.code)
             if result.general:
                 self._general = self._general or result.text

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,6 +302,18 @@ class FailureTests(Fake):
         self.assertEqual([top for top in tops if top in error.text], tops[:1])
         told = [line for line in observer.logs if line.startswith("cannot build derivation")]
         self.assertEqual(len(told), 1)
+
+    def test_first_of_several_at_once(self) -> None:
+        """B4: what ends while the first failure waits for its turn is neither named nor counts."""
+        world = self.world
+        drvs = [world.derive(name) for name in "abc"]
+        building = world.build(*drvs, max_jobs=3)
+        with patch("guixd.build.turns.SLICE", -1):  # it is always the turn of others
+            self.launcher["b"].finish(1)
+            self.launcher["a"].finish(1)
+            self.assertNoResult(building)
+        self.clock.advance(0)
+        self.assertEqual(self.error(building).text, f"build of `{drvs[1]}' failed")
 
     def test_keep_going(self) -> None:
         """B3: with keep-going all is tried, and the error names all that failed, sorted."""
