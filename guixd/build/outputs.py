@@ -334,7 +334,7 @@ class Harvest:
             self.mismatches.append(mismatch)
             raise BuildFailure(
                 Status.OUTPUT_REJECTED,
-                f"hash mismatch for output path `{output.path}'",
+                f"hash mismatch for store item `{output.path}'",
                 "if this is what it should be, the derivation has to say the actual hash;"
                 " else what it was made from has changed",
             )

@@ -104,7 +104,7 @@ KINDS = {
     "hash": Kind(
         "printf x > $out",
         (
-            "hash mismatch for output path `OUT'",
+            "hash mismatch for store item `OUT'",
             "the derivation has to say the actual hash",
         ),
         1, REJECTED + "hash mismatch", False,
