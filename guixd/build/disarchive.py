@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from guixd.build import gitbox, treebox
 from guixd.build.boxes import Box
+from guixd.build.downloadinputs import masked
 from guixd.build.downloadtools import DownloadTools
 from guixd.build.draft import Draft
 from guixd.build.gitdownload import PLACES, in_box
@@ -94,7 +95,7 @@ class Disarchive:
         tools = self._tools
         for mirror in mirrors:
             url = f"{mirror}{output.hash_algorithm}/{output.digest().hex()}"
-            self._say(f"asking {url}\n")
+            self._say(f"asking {masked(url)}\n")
             parts: list[bytes] = []
             request = Request(url, limit=LARGEST, schemes=("https", "http"), nearest=tools.nearest)
             try:

@@ -113,7 +113,7 @@ def check_url(url: str) -> str:
     if not scheme:
         raise Refused(f"'{masked(url)}' is no URL")
     if scheme == "file":
-        raise Refused(f"'{url}': local files are not downloaded")
+        raise Refused(f"'{masked(url)}': local files are not downloaded")
     return scheme
 
 

@@ -28,6 +28,13 @@ class GoodServerTest(FetcherCase):
         self.assertEqual(len(server.connections), 1)
         self.assertIn("User-Agent: GNU Guile", server.requests[0])
 
+    async def test_a_connection_that_ends_with_its_answer(self) -> None:
+        """W8: the server says so, but does not close it."""
+        server = Server(self, always(answer(b"hello", Connection="close")))
+        for connections in (1, 2):
+            await self.fetch(server.url())
+            self.assertEqual(len(server.connections), connections)
+
     async def test_a_connection_that_was_kept_too_long(self) -> None:
         """W8: the server has closed it when it is used again."""
 

@@ -59,7 +59,10 @@ class DisarchiveTest(DownloadCase):
     async def derive_archive(self, name: str = "archive.tar", **variables: str) -> tuple[str, str]:
         """Add a derivation of a file that only Disarchive can make; return it and its output."""
         self.wanted = await self.client()
-        nothing, mirror = f"http://127.0.0.1:{unused_port()}/", f"{self.archive.url}/specs/"
+        nothing, mirror = (
+            f"http://me:hidden@127.0.0.1:{unused_port()}/",
+            f"{self.archive.url}/specs/",
+        )
         mirrors = await self.wanted.add_text("mirrors", quoted(nothing, mirror).encode())
         drv, out = await self.derive(
             self.wanted,
@@ -126,6 +129,7 @@ class DisarchiveTest(DownloadCase):
             self.assertEqual(status, 1, script)
             self.assertFalse(os.path.lexists(out), script)
             self.assertNotIn("secret\n", text)
+            self.assertNotIn("hidden", text)
             self.assertEqual("hash mismatch" in text, "wrong" in script, text)
 
     async def test_given_up(self) -> None:

@@ -83,6 +83,7 @@ class DownloadTest(DownloadCase):
         client = await self.client()
         for url in (
             '"file:///etc/passwd"',
+            '"file://me:hidden@x/etc/passwd"',
             '"/etc/passwd"',
             '"x"',
             quoted(server.url(), "file:///etc/passwd"),
@@ -96,6 +97,7 @@ class DownloadTest(DownloadCase):
             drv, _ = await self.derive(client, url)
             status, text = await self.failure(client, drv)
             self.assertEqual(status, 1, text)
+            self.assertNotIn("hidden", text)
         drv, _ = await self.derive(client, f'"{server.url()}"', fixed=False)
         status, text = await self.failure(client, drv)
         self.assertEqual(status, 100, text)
