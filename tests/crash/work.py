@@ -382,7 +382,7 @@ class Work:
             except RequestFailed as error:
                 # Somebody else may just be looking whether it can be shared.
                 gone = "still alive" not in error.text
-                same(gone, False)
+                same((gone, error.text), (False, error.text))
             same(await client.is_valid_path(path), not gone)
 
         yield delete
