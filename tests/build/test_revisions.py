@@ -383,15 +383,27 @@ class AnyGraph(Case):
         self.downloads.started.clear()
         self.launcher.started.clear()
         drvs: list[StorePath] = []
+        above: list[StorePath] = []
+        outputs: dict[str, list[str]] = {}
         for index in range(data.draw(st.integers(1, 6))):
+            name = f"n{number}-{index}"
             inputs = data.draw(st.sets(st.sampled_from(drvs), max_size=3)) if drvs else set()
-            drv = self.world.derive(f"n{number}-{index}", inputs=sorted(inputs))
-            if data.draw(st.booleans()):
-                above = [self.world.output(each) for each in drvs]
-                references = data.draw(st.sets(st.sampled_from(above), max_size=2)) if above else ()
-                lacks = [self.item("nowhere")] if data.draw(st.integers(0, 4)) == 0 else []
-                self.offered(drv, *sorted(references), *lacks)
+            names = data.draw(st.sampled_from([("out",), ("out", "lib")]))
+            drv = self.world.derive(
+                name,
+                inputs=sorted(inputs),
+                outputs=names,
+                environment={"outputs": " ".join(names)},
+            )
+            made_by_it = [self.world.output(drv, each) for each in names]
+            for output in made_by_it:
+                if data.draw(st.booleans()):
+                    some = data.draw(st.sets(st.sampled_from(above), max_size=2)) if above else ()
+                    lacks = [self.item("nowhere")] if data.draw(st.integers(0, 4)) == 0 else []
+                    self.downloads.offer(output, *sorted(some), *lacks)
             drvs.append(drv)
+            above += made_by_it
+            outputs[name] = [output.name for output in made_by_it]
         wanted = data.draw(st.lists(st.sampled_from(drvs), min_size=1, max_size=3))
         jobs = data.draw(st.integers(1, 3))
         building = self.request(
@@ -401,7 +413,9 @@ class AnyGraph(Case):
         try:
             while not building.called:
                 going = [*self.downloads.running, *self.launcher.running]
-                self.assertEqual(len(going), len(set(going)))
+                making = [*self.downloads.running]
+                making += [each for name in self.launcher.running for each in outputs[name]]
+                self.assertEqual(sorted(making), sorted(set(making)))
                 self.assertLessEqual(len(self.launcher.running), jobs)
                 name = data.draw(st.sampled_from(going))
                 downloads = name in self.downloads.running
