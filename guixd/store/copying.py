@@ -9,6 +9,8 @@ from errno import EINVAL, ENOSYS, ENOTSUP, EXDEV
 from guixd.errors import StoreError
 from guixd.store.descent import DIRECTORY_FLAGS, Check, Descent, go_on, identity, walk
 
+MOST_LINKED = 4096
+"""How many files with several names are kept in mind."""
 _BLOCK = 1 << 20
 _SOURCE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TARGET_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -23,15 +25,32 @@ def copy_fresh(
 ) -> None:
     """Copy the tree SOURCE of one directory to the new name TARGET of another.
 
-    Every file of the copy is a new inode with one link.  Permissions (without
-    setuid, setgid and sticky) and, if we may, owners are those of the source,
-    for the checks to come.  TARGET's directory must be the daemon's alone.
+    Every file of the copy is a new inode, with the names that the source has for it, but
+    for those beyond `MOST_LINKED`.  Permissions (without setuid, setgid and sticky) and,
+    if we may, owners are those of the source, for the checks to come.  TARGET's directory
+    must be the daemon's alone.
 
     :param check: called after each block.
     :raises StoreError: something other than files, directories and symbolic
         links, TARGET exists, or the file system refuses.
     """
+    first_names: dict[tuple[int, int], str] = {}
     with Descent(target_fd) as copy:
+
+        def link(new: str, status: os.stat_result) -> bool:
+            """Make NEW another name of the copy of the same file, if there is one."""
+            if status.st_nlink == 1:
+                return False
+            first = first_names.get(identity(status))
+            if first is None:
+                if len(first_names) < MOST_LINKED:
+                    first_names[identity(status)] = copy.path(new)
+                return False
+            try:
+                os.link(first, new, src_dir_fd=target_fd, dst_dir_fd=copy.fd, follow_symlinks=False)
+            except OSError:  # the name is too long, or there are too many
+                return False
+            return True
 
         def visit(down: Descent, name: str, status: os.stat_result) -> None:
             new = name if down.depth else target
@@ -44,7 +63,8 @@ def copy_fresh(
                     uid, gid = status.st_uid, status.st_gid
                     os.chown(new, uid, gid, dir_fd=copy.fd, follow_symlinks=False)
             elif stat.S_ISREG(status.st_mode):
-                _copy_file(down, name, status, copy.fd, new, check)
+                if not link(new, status):
+                    _copy_file(down, name, status, copy.fd, new, check)
             else:
                 raise StoreError(f"file '{down.path(name)}' has an unsupported type")
 

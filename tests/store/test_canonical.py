@@ -413,7 +413,7 @@ class CopyTests(TreeTestCase):
         self.assertEqual(os.listdir(self.at("copy")), [])
 
     def test_copy(self) -> None:
-        """I-FRESH: a copy has the same contents and permissions but no inode in common."""
+        """I-FRESH, B21: a copy has the same contents, permissions and links, but other inodes."""
         self.make("t", self.TREE)
         os.link(self.at("t/f"), self.at("t/d/f"))
         os.chmod(self.at("t/e"), 0o664)
@@ -430,7 +430,12 @@ class CopyTests(TreeTestCase):
         for name in ("f", "e", "d/x", "d/f"):
             copied = os.lstat(self.at(f"private/c/{name}"))
             self.assertNotEqual(copied.st_ino, os.lstat(self.at(f"t/{name}")).st_ino)
-            self.assertEqual(copied.st_nlink, 1)
+            self.assertEqual(copied.st_nlink, 1 + name.endswith("f"))
+        with patch("os.link", side_effect=OSError(errno.EMLINK, "too many")):
+            copy_fresh(self.fd, "t", private, "again")
+        self.assertEqual(os.lstat(self.at("private/again/f")).st_nlink, 1)
+        tree = read_tree(os.fsencode(self.at("private/again")))
+        self.assertEqual(tree, read_tree(os.fsencode(self.at("t"))))
 
     def test_descriptor_kept_open(self) -> None:
         """CVE-2024-27297: a descriptor of the original does not reach the copy."""
