@@ -227,7 +227,8 @@ class BuilderProcess:
             self._lost()
             return
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, 0)  # so that the group is still its own
+            os.killpg(self.pid, signal.SIGKILL)
         # Nothing may be done with what a builder has made until it is dead.
         Death(self._reactor, self._pidfd, self._lost)
 

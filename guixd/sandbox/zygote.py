@@ -102,8 +102,8 @@ def main(control: int) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         # Builders die with this process, see `phases`, unless they have prevented that.
-        for pid in zygote.children:
-            _kill(os.kill, pid, signal.SIGKILL)
+        for pid in [pid for pid, child in zygote.children.items() if child.kind]:
+            _kill(os.killpg, pid, signal.SIGKILL)
         os._exit(0)
 
 

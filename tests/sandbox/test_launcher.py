@@ -82,7 +82,7 @@ class _WithLauncher:
 
     def spec_of_survivor(self) -> SandboxSpec:
         """Return a builder that asks the kernel not to kill it with its parent, then says so."""
-        inner = "sh -c 'echo go; $b sleep 1000'"
+        inner = "sh -c '$b sleep 1000 & echo go; wait'"
         spec = self.spec(f"export b; exec /usr/bin/setpriv --pdeathsig clear $b {inner}")
         if spec.base is None:
             return spec
@@ -262,12 +262,7 @@ reactor.run()
 """
 
 
-@requires_root
-class BuildUserTests(_WithLauncher, TestCase):
-    """With a build user."""
-
-    mode = "users"
-
+class _WithBuildUser(_WithLauncher):
     async def test_daemon_dies(self) -> None:
         """X34: when the daemon dies all builders do, whatever they have asked the kernel."""
         encoded = base64.b64encode(pickle.dumps(self.spec_of_survivor()))
@@ -276,11 +271,21 @@ class BuildUserTests(_WithLauncher, TestCase):
         )
         assert daemon.stdout is not None
         with daemon.stdout:
-            builder = os.pidfd_open(int(daemon.stdout.readline()))
-        self.addCleanup(os.close, builder)
+            builder = int(daemon.stdout.readline())
+        pidfds = [os.pidfd_open(builder), *pidfds_of(builder)]
         daemon.kill()
         daemon.wait()
-        self.assertTrue(select.select([builder], [], [], 60)[0])
+        for pidfd in pidfds:
+            self.addCleanup(os.close, pidfd)
+            self.assertTrue(select.select([pidfd], [], [], 60)[0])
+        self.assertEqual(len(pidfds), 2)
+
+
+@requires_root
+class BuildUserTests(_WithBuildUser, TestCase):
+    """With a build user."""
+
+    mode = "users"
 
     async def test_kill_user(self) -> None:
         """X20, X22: all processes of a user die, and he alone is concerned."""
@@ -382,7 +387,7 @@ class PlainTests(_WithLauncher, TestCase):
 
 
 @requires_root
-class PlainUserTests(_WithLauncher, TestCase):
+class PlainUserTests(_WithBuildUser, TestCase):
     """Without a container, but with a build user."""
 
     mode = "plain"
