@@ -38,8 +38,12 @@ _log = Logger()
 
 CHUNK = 65536
 """Most bytes that one `childDataReceived` passes on."""
-_LOST = "the process that runs builders has died"
+LOST = "the process that runs builders has died"
 _SEVERED = "the network of this build has broken down, as slirp4netns has ended"
+
+
+class BuilderLost(ProcessTerminated):
+    """A builder was killed as the process that runs builders has died."""
 
 
 @implementer(IReadDescriptor)
@@ -239,10 +243,10 @@ class BuilderProcess:
 
     def _lost(self) -> None:
         if self._running:
-            self._call("childDataReceived", 1, f"guixd: {_LOST}\n".encode())
+            self._call("childDataReceived", 1, f"guixd: {LOST}\n".encode())
         else:
-            self._failure = SandboxError("zygote", _LOST)
-        self._over(signal.SIGKILL)
+            self._failure = SandboxError("zygote", LOST)
+        self._over(signal.SIGKILL, BuilderLost(None, signal.SIGKILL))  # type: ignore[no-untyped-call]
 
     def _check_uplink(self) -> None:
         """Kill a builder that waits in vain for packets."""
@@ -251,10 +255,10 @@ class BuilderProcess:
             self._severed = True
             self._kill(signal.SIGKILL)
 
-    def _over(self, status: int) -> None:
+    def _over(self, status: int, reason: Exception | None = None) -> None:
         if self._severed and status == signal.SIGKILL:
             self._call("childDataReceived", 1, f"guixd: {_SEVERED}\n".encode())
-        self._end = Failure(_reason(status))  # type: ignore[no-untyped-call]
+        self._end = Failure(reason or _reason(status))  # type: ignore[no-untyped-call]
         if self._running:
             self._call("processExited", self._end)
             self._check_end()
@@ -451,12 +455,12 @@ class ZygoteLauncher:
         builders, self._builders = self._builders, {}
         users, self._users = self._users, {}
         if self._stopping is None:
-            _log.error(_LOST + "; {count} builds are lost", count=len(builders))
+            _log.error(LOST + "; {count} builds are lost", count=len(builders))
         for builder in builders.values():
             builder.lost()
         for done in users.values():
             if not done.called:
-                done.errback(SandboxError("zygote", _LOST))
+                done.errback(SandboxError("zygote", LOST))
         if self._stopping is not None:
             self._stopping.callback(None)
 

@@ -26,6 +26,7 @@ from guixd.build.gitfallback import GitFallback
 from guixd.build.graphs import VARIABLE as GRAPHS
 from guixd.build.graphs import export_graphs
 from guixd.build.job import Job
+from guixd.build.launcher import LOST, BuilderLost
 from guixd.build.outputs import Harvest
 from guixd.build.program import NETWORK
 from guixd.build.request import BuildMode, Level
@@ -301,6 +302,8 @@ class Trial:
                 with harvest:
                     await shop.threads(harvest.salvage)
             limit = self._group.verdict() if self._group is not None else ""
+            if isinstance(reason.value, BuilderLost):
+                limit = LOST
             raise builder_failed(job, reason.value, shop.settings, full, limit)
         try:
             with harvest:

@@ -31,7 +31,8 @@ def builder_failed(
     """Return what the failure of the builder of JOB, which ended for REASON, means.
 
     :param full: what `full_disks` said at its end.
-    :param limit: which of the daemon's limits it met, in words; empty if none.
+    :param limit: which of the daemon's limits it met, or what else was not its own fault, in
+        words; empty if nothing.
     """
     if reason.signal is not None:
         name = signal.strsignal(reason.signal) or "unknown"

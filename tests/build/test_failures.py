@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass, field
 from errno import EACCES, ENOSPC
 from pathlib import Path
@@ -242,6 +243,21 @@ class KindTests(TestCase):
             await world.build(drv, observer=observer)
         self.assertIn(f"`guix gc --clear-failures {drv}'", observer.logs[-1])
         self.assertEqual(observer.traces, [f"@ build-failed {drv} - cached"])
+
+    async def test_lost(self) -> None:
+        """B28: a builder that dies with the process that runs builders is not remembered."""
+        world = World(self, cache_failures=True)
+        drv = world.derive("a", "echo said; sleep 1000")
+        observer = Recorder()
+        building = world.build(drv, observer=observer)
+        await observer.seen("said")
+        os.kill(world.launcher.zygote_pid, signal.SIGKILL)
+        with self.assertRaisesRegex(BuildError, "failed"):
+            await building
+        said = "signal 9 (Killed): the process that runs builders has died"
+        self.assertTrue(any(said in line for line in observer.logs), observer.logs)
+        self.assertEqual(world.store.database.failed_paths(), [])
+        self.flushLoggedErrors()
 
     async def test_no_users(self) -> None:
         """X20: while another process has all build users, the client reads why nothing begins."""
