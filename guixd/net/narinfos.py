@@ -8,7 +8,7 @@ cannot be reached is left alone for a while.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -126,7 +126,7 @@ class Narinfos:
         self._files = CacheFiles(directory)
         self._judge = judge
         self._wall = wall
-        self._kept: dict[_Key, _Kept] = {}
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()  # which forgets its first one quickly
         self._cost = 0
         self._asked: dict[_Key, list[Deferred[Narinfo | None]]] = {}
         self._down: dict[str, tuple[float, str]] = {}
@@ -365,7 +365,7 @@ class Narinfos:
         self._kept[key] = kept = _Kept(expiry, found, cost)
         self._cost += kept.cost
         while self._cost > MOST_KEPT:
-            self._cost -= self._kept.pop(next(iter(self._kept))).cost
+            self._cost -= self._kept.popitem(last=False)[1].cost
         self._fire(server, path, found)
 
     def _fire(self, server: str, path: StorePath, found: Narinfo | None) -> None:
