@@ -32,6 +32,8 @@ KEPT_FOR = 30.0
 _ADDRESSES = 4
 """How many times the timeout for one address a whole connection may take."""
 _READ_AT_ONCE = 256 << 10
+_CHUNKS_AT_ONCE = 32 << 10
+"""The same where small chunks may take long: others wait meanwhile."""
 _SAFE = "%/:?#[]@!$&'()*+,;=~"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -147,6 +149,7 @@ class Connection(Protocol):
     """
 
     transport: Any
+    _socket: Any
 
     def __init__(
         self,
@@ -172,6 +175,7 @@ class Connection(Protocol):
             below = below.transport
         below.bufferSize = _READ_AT_ONCE
         below.setTcpNoDelay(True)
+        self._socket = below
         self.reach = reach_of(self.transport.getPeer().host)
 
     @property
@@ -255,6 +259,8 @@ class Connection(Protocol):
         if not self._exchanges:
             raise BadResponse("an answer came that nobody asked for")
         self._persistent = head.persistent and self._persistent
+        chunked = bool(head.get("transfer-encoding"))
+        self._socket.bufferSize = _CHUNKS_AT_ONCE if chunked else _READ_AT_ONCE
         self._exchanges[0].began = True
         self._exchanges[0].head(head)
 

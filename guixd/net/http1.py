@@ -74,6 +74,7 @@ class ResponseReader:
         self._left = 0
         self._interim = 0
         self._trailer = 0
+        self._pieces: list[bytes] = []
 
     @property
     def idle(self) -> bool:
@@ -94,8 +95,11 @@ class ResponseReader:
                 self._handler.data(data)
                 return
         self._buffer += data
-        while self._buffer and self._step():
-            pass
+        try:
+            while self._buffer and self._step():
+                pass
+        finally:
+            self._tell()
 
     def closed(self) -> bool:
         """Say that nothing more comes; return whether that was in order."""
@@ -114,7 +118,7 @@ class ResponseReader:
             part = bytes(self._buffer[: self._left])
             del self._buffer[: self._left]
             self._left -= len(part)
-            self._handler.data(part)
+            self._pieces.append(part)
             if self._left == 0:
                 if state is _State.SIZED:
                     self._end()
@@ -161,7 +165,14 @@ class ResponseReader:
         self._trailer = 0
         self._state = _State.CHUNK if self._left else _State.TRAILER
 
+    def _tell(self) -> None:
+        """Pass on what has come of a body, be it of a thousand chunks, at once."""
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._handler.data(b"".join(pieces))
+
     def _end(self) -> None:
+        self._tell()
         self._state = _State.HEAD
         self._handler.end()
 

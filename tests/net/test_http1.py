@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 from twisted.trial.unittest import SynchronousTestCase
 
 from guixd.net.http1 import (
@@ -148,6 +150,19 @@ class ResponsesTest(SynchronousTestCase):
             head = parse_head("\r\n".join([f"HTTP/{version} OK", *fields]).encode())
             told = (head.size, head.persistent)
             self.assertEqual(told, (size, persistent), (version, fields))
+
+    def test_small_chunks(self) -> None:
+        """W8: a server that sends many costs others next to nothing."""
+        told = _Told()
+        with mock.patch.object(told, "data", wraps=told.data) as data:
+            reader = ResponseReader(told)
+            reader.feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            reader.feed(b"1\r\nx\r\n" * 1000)
+            self.assertEqual((told.events, data.call_count), ([200, b"x" * 1000], 1))
+            with self.assertRaises(BadResponse):
+                reader.feed(b"1\r\ny\r\nz")
+                reader.feed(b"\r\n")
+        self.assertEqual(told.events, [200, b"x" * 1000 + b"y"])
 
     def test_idle(self) -> None:
         """W8: nothing has come that has not ended, also between an interim answer and the real."""
