@@ -33,6 +33,8 @@ _NO_SUCH_PART = 416
 _RESUMABLE = ("body", "timeout")
 """Kinds of errors after which a body may go on."""
 _LONGEST_TAG = 1024
+_BLOCKS_AT_ONCE = 32
+"""How many are decoded until others have their turn."""
 _SHORT = 64 << 10
 """Bytes of an unwanted body that are quicker taken than a new connection is opened."""
 
@@ -191,6 +193,7 @@ class Transfer:
         except BadData as error:
             raise FetchError("body", str(error)) from None
         finally:
+            self._over = True
             if self._body is not None:
                 self._body.abort()
             elif self._source is not None:
@@ -271,9 +274,11 @@ class Transfer:
         self._pump()
 
     def _pump(self) -> None:
-        """Decode no more than the sink takes: little may become very much."""
+        """Decode no more than the sink takes, nor all at once: little may become very much."""
         try:
-            while not (self._stuffed or self._over or self._is_idle):
+            for _ in range(_BLOCKS_AT_ONCE):
+                if self._stuffed or self._over or self._is_idle:
+                    break
                 if self._blocks is None:
                     self._blocks = self._codec.feed(self._inputs.popleft())
                 block = next(self._blocks, None)
@@ -281,6 +286,8 @@ class Transfer:
                     self._blocks = None
                 else:
                     self._write(block)
+            else:
+                self._reactor.callLater(0, self._pump)
         except BadData as error:
             self._fail(FetchError("body", str(error)))
         if self._over or self._body is None:

@@ -8,16 +8,20 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 from backports import zstd
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
 
 from guixd.errors import FetchError
 from guixd.net import client, spawning
+from guixd.net.codecs import decoder
 from guixd.net.http1 import parse_head
+from guixd.net.proxies import Proxies
 from guixd.net.requests import Answer, Request
-from guixd.net.transfers import Body
+from guixd.net.transfers import Body, Transfer
 from tests.net.servers import Asked, FetcherCase, Server, always, answer
 from tests.support import temporary_directory
 
@@ -264,6 +268,23 @@ class ConfinementTest(FetcherCase):
 
 
 class SlowReaderTest(FetcherCase):
+    def test_bombs_take_turns(self) -> None:
+        """However much comes of a little, others have their turn (spec: substitutes §10.7)."""
+        time, blocks = MemoryReactorClock(), list[bytes]()
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        connections: Any = None
+        request = Request("http://x/")
+        transfer = Transfer(time, connections, Proxies(), request, write_end, print, print)
+        self.addCleanup(transfer._sink.close)
+        self.patch(transfer, "_codec", decoder("zstd"))
+        self.patch(transfer._sink, "write", blocks.append)
+        transfer._take(zstd.compress(bytes(30 << 20)))
+        self.assertLess(sum(map(len, blocks)), 10 << 20)
+        for _ in range(10):
+            time.advance(0)
+        self.assertEqual(sum(map(len, blocks)), 30 << 20)
+
     async def test_bombs_for_slow_readers(self) -> None:
         """No more is decoded than is read: memory stays constant (spec: substitutes §10.7)."""
         server = Server(self, always(answer(zstd.compress(bytes(1 << 30)))))
