@@ -20,7 +20,7 @@ from guixd.net.transfers import REDIRECTS, joined, split_url, without_user
 CONNECTIONS = 8
 """To each server."""
 STALL = 15.0
-"""Seconds without a byte after which a server is taken to be stalled; up to twice as many."""
+"""Seconds without an answer after which a server is taken to be stalled; up to twice as many."""
 DEPTH = 32
 """Requests on the way on each connection that has answered one before."""
 _TRIES = 3
@@ -90,7 +90,7 @@ class _Server:
         self._answers = 0
         """Of connections that are gone."""
         self._heard: dict[Connection, int] = {}
-        """How many bytes had come at the last look, on connections that should say something."""
+        """How many answers had come at the last look, on connections that should say something."""
         self._stalled: set[Connection] = set()
         self._relieved: set[Connection] = set()
         """Those that said nothing, and whose questions were taken from them."""
@@ -136,9 +136,9 @@ class _Server:
                 self._timer = self._lookups.call_later(STALL, self._look)
 
     def _look(self) -> None:
-        """Give connections up on which nothing came since the last time."""
-        busy = {each: each.received for each in self._connections if each.waiting}
-        stalled = [each for each, size in busy.items() if self._heard.get(each) == size]
+        """Give connections up on which no answer came, or not all of it, since the last time."""
+        busy = {each: each.answered for each in self._connections if each.waiting}
+        stalled = [each for each, count in busy.items() if self._heard.get(each) == count]
         self._heard = busy
         self._timer = self._lookups.call_later(STALL, self._look) if busy else None
         for connection in stalled:

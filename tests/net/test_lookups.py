@@ -87,6 +87,26 @@ class StallTest(TestCase):
         self.assertEqual({each.kind for each in self.answers.values()}, {"timeout"})
         self.assertLess(len(server.requests), 10)
 
+    async def test_servers_that_drip(self) -> None:
+        """U11: a byte now and then is no answer."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"
+        server = Server(self, lambda connection, _: connection.send(head))
+        self.ask(server, 3)
+        for _ in range(3):
+            await server.arrivals.get()
+        for _ in range(3):
+            before = [each.received for each in self.connections.opened]
+            for connection in server.connections:
+                connection.send(b"x")
+            while any(
+                each.alive and each.received <= size
+                for each, size in zip(self.connections.opened, before, strict=True)
+            ):
+                await deferLater(reactor, 0)
+            self.clock.advance(STALL)
+        await deferLater(reactor, 0)
+        self.assertEqual([each.status for each in self.answers.values()], [0, 0, 0])
+
     async def test_connections_are_kept(self) -> None:
         """U14: the next questions go over the same connections, and no more are opened."""
         server = Server(self, lambda connection, _: connection.send(answer(b"x")))
