@@ -9,9 +9,10 @@ bytes wait for the thread, so that memory does not grow with the archive.
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from guixd.build.request import Level
@@ -109,9 +110,11 @@ class Intake:
             self.done.errback(failure)
 
     async def idle(self) -> None:
-        """Wait until no thread writes any more; only when `done` has fired."""
-        if self._feeding:
-            await self._idle
+        """Wait until no thread writes any more, also if cancelled; only when `done` has fired."""
+        while self._feeding:
+            self._idle = Deferred()
+            with suppress(CancelledError):
+                await self._idle
 
 
 def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, Any, StorePath]:

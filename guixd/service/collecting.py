@@ -88,10 +88,11 @@ class _Remover:
             self._failure.raiseException()
 
     async def stop(self) -> None:
-        """Begin nothing more, and wait until no thread is at work."""
+        """Begin nothing more, and wait until no thread is at work, also if cancelled."""
         self._collection.take_moved()
-        with suppress(StoreError, OSError, CancelledError):
-            await self.finish()
+        while self._running is not None:
+            with suppress(StoreError, OSError, CancelledError):
+                await self.finish()
 
 
 class _Collecting:

@@ -1,12 +1,16 @@
-"""A launcher that starts nothing, and substitutes from nowhere: tests say how all ends."""
+"""A launcher that starts nothing, threads that wait, and substitutes from nowhere.
+
+Tests say how all ends.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.python.failure import Failure
 
@@ -81,6 +85,33 @@ class FakeBuilder:
 
     def loseConnection(self) -> None:
         pass
+
+
+class Held:
+    """Threads in which nothing is done until the test says so.
+
+    :param name: of a function; other ones are called at once, unless it is empty.
+    :ivar begun: fires when there is something to do.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self.steps: list[Callable[[], None]] = []
+        self.begun: Deferred[None] = Deferred()
+
+    def __call__(self, function: Callable[..., Any], /, *arguments: Any) -> Deferred[Any]:
+        if self._name not in ("", function.__name__):
+            return maybeDeferred(function, *arguments)
+        done: Deferred[Any] = Deferred()
+        self.steps.append(lambda: maybeDeferred(function, *arguments).chainDeferred(done))
+        if not self.begun.called:
+            self.begun.callback(None)
+        return done
+
+    def go_on(self) -> None:
+        """Do all there is to do."""
+        while self.steps:
+            self.steps.pop(0)()
 
 
 class FakeLauncher:

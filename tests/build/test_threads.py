@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
@@ -22,35 +22,12 @@ from guixd.formats.path import StoreDirectory
 from guixd.net.places import Place
 from guixd.settings import this_system
 from guixd.testing import FakeFetcher
-from tests.build.fakes import FakeLauncher
+from tests.build.fakes import FakeLauncher, Held
 from tests.support import open_files, temporary_directory
 
 URL = "http://server/x"
 STORE = StoreDirectory("/store")
 PATH = STORE.child("0" * 32 + "-x")
-
-
-class Held:
-    """Threads in which nothing is done until the test says so.
-
-    :ivar begun: fires when there is something to do.
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[Callable[[], None]] = []
-        self.begun: Deferred[None] = Deferred()
-
-    def __call__(self, function: Callable[..., Any], /, *arguments: Any) -> Deferred[Any]:
-        done: Deferred[Any] = Deferred()
-        self.steps.append(lambda: maybeDeferred(function, *arguments).chainDeferred(done))
-        if not self.begun.called:
-            self.begun.callback(None)
-        return done
-
-    def go_on(self) -> None:
-        """Do all there is to do."""
-        while self.steps:
-            self.steps.pop(0)()
 
 
 class WaitTests(SynchronousTestCase):
@@ -100,7 +77,7 @@ class DownloadTests(TestCase):
     timeout = 30
 
     def setUp(self) -> None:
-        self.threads = Held()
+        self.threads = Held("finish")
         self.directory = temporary_directory(self)
 
     async def give_up(self, work: Any) -> None:
@@ -131,9 +108,11 @@ class DownloadTests(TestCase):
     async def test_substitute(self) -> None:
         """U12: so it is with an archive, whose file is shared in the end."""
         steps: list[str] = []
-        incoming: Any = SimpleNamespace(
-            path=PATH, nar_size=4, left=0, feed=len, finish=lambda: steps.append("finished")
-        )
+
+        def finish() -> None:
+            steps.append("finished")
+
+        incoming: Any = SimpleNamespace(path=PATH, nar_size=4, left=0, feed=len, finish=finish)
         place = Place(URL, "server", "none", 4)
         fetcher = FakeFetcher({URL: b"body"})
         transfer = Transfer(
