@@ -74,6 +74,7 @@ class Download:
         self._report = report
         self._follow = job.options.follow_downloads
         self._draft: Draft | None = None
+        self._came = 0  # of what may still be on its way to the draft
         self.known: dict[StorePath, Known] = {}
 
     async def run(self) -> bool:
@@ -213,7 +214,7 @@ class Download:
                     request = replace(request, verify=False)
                     self._say("trying again without knowing who answers\n")
                     continue
-                broken = draft.size and error.kind in _BROKEN
+                broken = self._came and error.kind in _BROKEN
                 if not broken and error.kind != "fetcher":
                     return False
                 self._say("trying again from the beginning\n")
@@ -224,7 +225,7 @@ class Download:
     async def _receive(self, draft: Draft, request: Request, shown: str) -> None:
         path = str(self._job.drv.outputs["out"].path)
         clock = self._tools.reactor
-        told, size = clock.seconds(), None
+        told, size, self._came = clock.seconds(), None, 0
 
         def begin(head: Head) -> None:
             nonlocal size
@@ -242,6 +243,7 @@ class Download:
 
         def progress(done: int) -> None:
             nonlocal told
+            self._came = done
             if self._follow:
                 self._trace(DownloadProgress(path, shown, size, done))
             elif clock.seconds() - told >= _REPORT:

@@ -35,6 +35,19 @@ class BrokenTest(DownloadCase):
         self.assertEqual(len(server.requests), 3)
         self.assertIn('If-Range: "x"', server.requests[1])
 
+    async def test_short_bodies(self) -> None:
+        """W8: each is fetched anew a few times, be it so short that nothing of it was written."""
+
+        def script(connection: Asked, _: str) -> None:
+            connection.send(answer(b"w", length=100))
+            connection.close()
+
+        server = Server(self, script)
+        client = await self.client()
+        drv, _ = await self.derive(client, f'"{server.url()}"')
+        self.assertEqual((await self.failure(client, drv))[0], 1)
+        self.assertEqual(len(server.requests), 3)
+
     async def test_what_changed_meanwhile_is_fetched_anew(self) -> None:
         """W8"""
 
