@@ -52,6 +52,24 @@ class HostileTest(FetcherCase):
         del body
         gc.collect()
 
+    def test_whose_fault_silence_is(self) -> None:
+        """W8: while nobody takes a body its server need not send; then it has its time again."""
+        time = Clock()
+        body = Body(time, b"", 1.0, least=10)
+        ended = self.assertFailure(body.complete, FetchError)
+        body.watch()
+        body.head(parse_head(b"HTTP/1.1 200 OK"))
+        body.flow(lambda data: None)
+        body.hold(True)
+        time.pump([0.9] * 10)
+        body.hold(False)
+        time.advance(0.9)
+        self.assertFalse(body.complete.called)
+        for _ in range(9):
+            body.data(b"x")
+            time.advance(0.3)
+        self.assertEqual(self.successResultOf(ended).kind, "timeout")
+
     async def test_resets(self) -> None:
         """W8"""
 
