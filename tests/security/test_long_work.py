@@ -26,7 +26,7 @@ from tests.service.downloads import CONTENT, DownloadCase
 from tests.service.test_real_builds import PlayedCase
 from tests.service.world import set_options
 
-HOURS = 4 << 40
+HOURS = 2 << 40
 """Bytes that nobody can read in the time of a test; as a file of zeros they take no disk."""
 
 
