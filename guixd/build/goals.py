@@ -172,6 +172,9 @@ class RequestRun:
         self._planning = planning = Deferred.fromCoroutine(self._plan_after_rest())
         planning.addCallback(self._adopt).addErrback(self._fail)
 
+    def _plan_soon(self) -> None:
+        self._outdated, self._rests_until = True, 0.0
+
     async def _plan_after_rest(self) -> dict[StorePath, Goal]:
         """Plan, but not all the time when one download after the other fails."""
         clock = self._clock
@@ -252,7 +255,7 @@ class RequestRun:
         if goal.failed:
             self._refuse(goal, Result(Status.DEPENDENCY_FAILED, _failed_dependencies(goal)))
         elif goal.outdated:
-            self._outdated = True
+            self._plan_soon()
         elif goal.offer is not None:
             download, place = self._builds.substitute(goal, self, self._observer)
             self._active[goal.path] = goal, download, place
@@ -262,7 +265,7 @@ class RequestRun:
         elif goal.hopeful and goal.path not in self._past.retried:
             if self._planning is None:
                 self._past.retried.add(goal.path)
-            self._outdated = True
+            self._plan_soon()
         else:
             self._past.begun.update(dict.fromkeys(goal.drv.output_paths, goal.path))
             build, attachment = self._builds.attach(goal, self, self._observer, self._share)
@@ -326,7 +329,7 @@ class RequestRun:
         """Go on after GOAL, which may have ended in an older plan."""
         succeeded = result.status.succeeded
         if succeeded and goal.unfolds:
-            self._outdated = True
+            self._plan_soon()
             return
         if not succeeded and self._can_do_without(goal):
             self._past.given_up.add(goal.path)

@@ -39,6 +39,16 @@ class Case(SynchronousTestCase):
         )
         self.downloads.store = self.world.store
 
+    def slow_down(self) -> None:
+        """Let each search for substitutes take some time."""
+        find = self.downloads.find
+
+        async def find_slowly(*arguments: Any) -> Any:
+            self.clock.advance(0.01)
+            return await find(*arguments)
+
+        self.patch(self.downloads, "find", find_slowly)
+
     def offered(self, drv: StorePath, *references: StorePath) -> StorePath:
         """Let there be a substitute for the output of DRV; return DRV."""
         self.downloads.offer(self.world.output(drv), *references)
@@ -115,13 +125,7 @@ class Fallback(Case):
 
     def test_many_in_a_row(self) -> None:
         """B39, U18: what fails while planning rests is replaced by one new plan."""
-        find = self.downloads.find
-
-        async def find_slowly(*arguments: Any) -> Any:
-            self.clock.advance(0.01)
-            return await find(*arguments)
-
-        self.patch(self.downloads, "find", find_slowly)
+        self.slow_down()
         drvs = [self.offered(self.world.derive(f"a{number}")) for number in range(8)]
         building = self.request(*drvs, fallback=True, max_jobs=8)
         building.addErrback(lambda _: None)
@@ -207,6 +211,18 @@ class Retry(Case):
         self.downloads["user"].finish()
         self.successResultOf(building)
         self.assertEqual(self.launcher.names, ["library", "tool"])
+
+    def test_without_rest(self) -> None:
+        """B39, U17: planning does not rest before that."""
+        self.slow_down()
+        library = self.world.derive("library")
+        user = self.world.derive("user", inputs=[library])
+        building = self.request(self.offered(user, self.world.output(library)))
+        self.clock.pump([0] * 3)
+        self.launcher["library"].finish()
+        self.clock.pump([0] * 3)
+        self.downloads["user"].finish()
+        self.successResultOf(building)
 
     def test_references_as_well(self) -> None:
         """U17: the second time, what else it refers to is downloaded, too."""
@@ -409,7 +425,6 @@ class AnyGraph(Case):
         building = self.request(
             *wanted, fallback=True, max_jobs=jobs, keep_going=data.draw(st.booleans())
         )
-        made: list[str] = []
         try:
             while not building.called:
                 going = [*self.downloads.running, *self.launcher.running]
@@ -422,7 +437,6 @@ class AnyGraph(Case):
                 if downloads and data.draw(st.booleans()):
                     self.downloads[name].fail()
                 else:
-                    made.append(name)
                     (self.downloads if downloads else self.launcher)[name].finish()
         finally:
             if not building.called:  # the example was given up
@@ -431,6 +445,7 @@ class AnyGraph(Case):
         self.successResultOf(building)
         self.assertTrue(all(map(self.world.is_valid, wanted)))
         self.assertEqual((self.downloads.running, self.launcher.running), ([], []))
-        self.assertEqual(sorted(made), sorted(set(made)))
+        built = self.launcher.names
+        self.assertEqual(sorted(built), sorted(set(built)))
         tried = [each.path.name for each in self.downloads.started if not each.dropped]
         self.assertEqual(sorted(tried), sorted(set(tried)))
