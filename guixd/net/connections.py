@@ -186,7 +186,7 @@ class Connection(Protocol):
     @property
     def usable(self) -> bool:
         """Whether another request can be sent."""
-        return self.alive and self._persistent
+        return self.alive and self._persistent and (bool(self._exchanges) or self._reader.idle)
 
     def adopt(self, idle: Callable[[Connection], None], lost: Lost, low: int = 0) -> None:
         """Tell others from now on; IDLE already when LOW exchanges have not ended."""
@@ -273,12 +273,13 @@ class Connection(Protocol):
         exchange.connection = None
         self.answered += 1
         self.pause(False)
-        exchange.end()
+        # First, as who is told may want to ask the same server something else.
         if not self._persistent:
             if self.alive:
                 self.transport.abortConnection()
         elif len(self._exchanges) <= self.low and self.alive:
             self._idle(self)
+        exchange.end()
 
 
 class Connections:

@@ -82,6 +82,20 @@ class HostileTest(FetcherCase):
         for path in ("/early", "/late"):
             self.assertEqual((await self.refused(server.url(path))).kind, "body")
 
+    async def test_more_than_was_asked_for(self) -> None:
+        """W8: what follows an answer is not taken for the next one."""
+        server = Server(self, always(answer(b"right") + answer(b"wrong")[:-3]))
+        for connections in range(1, 4):
+            self.assertEqual((await self.fetch(server.url()))[0], b"right")
+            self.assertEqual(len(server.connections), connections)
+        server.script = lambda connection, request: connection.send(
+            answer(b"", "302 Found", Location="/good") + b"HTTP/1.1 404 No\r\nX: "
+            if "GET /file" in request
+            else answer(b"right")
+        )
+        self.assertEqual((await self.fetch(server.url()))[0], b"right")
+        self.assertEqual(len(server.connections), 5)
+
     async def test_a_reset_is_no_end(self) -> None:
         """W8: not even of a body without a length."""
         server = Server(self, always(b"HTTP/1.1 200 OK\r\n\r\nhalf"))
@@ -117,6 +131,7 @@ class HostileTest(FetcherCase):
         server = Server(self, script)
         for kind in (302, 303, 307, 308):
             self.assertEqual((await self.fetch(server.url("/a/relative")))[0], b"good", kind)
+        self.assertEqual(len(server.connections), 1)
         kind = 301
         error = await self.refused(server.url("/loop"), method="POST")
         self.assertEqual((error.kind, error.http_status), ("http", 301))
