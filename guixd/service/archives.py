@@ -118,7 +118,10 @@ class _Importing:
             gone = True  # so that there will be no more answers
             raise
         finally:
-            await to_the_end(self._threads(self._import.discard))
+            try:
+                await to_the_end(self._threads(self._import.discard))
+            except CancelledError:
+                gone = True  # and what there was is discarded
             for name in self._names:
                 self._store.staging.free(name)
             self._tell()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 
 from guixd.client import Client
@@ -16,6 +18,7 @@ from guixd.formats.nar import nar_of_file
 from guixd.formats.path import StorePath
 from guixd.formats.wire import encode_bytes, encode_int, encode_long
 from guixd.signatures import KeyPair, read_key_pair, sign
+from guixd.store.importing import Import
 from tests.service.world import DaemonCase
 from tests.signatures.keys import configuration, golden, install
 from tests.support import open_names
@@ -245,6 +248,35 @@ class Refusals(ArchiveCase):
     async def test_unsigned(self) -> None:
         nar = nar_of_file(b"x")
         await self.refuse(self.archive(self.path("x"), nar, signed=False), "lacks a signature")
+
+    async def test_gone_after_it(self) -> None:
+        """S24: so it is when the client leaves while what it sent is discarded."""
+        begun: Deferred[None] = Deferred()
+        go = threading.Event()
+        discard = Import.discard
+
+        def wait(importing: Import) -> None:
+            reactor.callFromThread(begun.callback, None)
+            go.wait(20)
+            discard(importing)
+
+        self.patch(Import, "discard", wait)
+        client = await self.client()
+        nar = nar_of_file(b"twin" * 4096)
+        importing = client.import_paths([self.archive(self.path("x"), nar, signed=False)])
+        await begun
+        (session,) = self.daemon.service.daemon.sessions
+        importing.cancel()
+        await self.assertFailure(importing, CancelledError)
+        while session.connection.fileno() >= 0:
+            await deferLater(reactor, 0)
+        await deferLater(reactor, 0)
+        go.set()
+        while self.daemon.service.daemon.sessions:
+            await deferLater(reactor, 0)
+        self.assertEqual(self.leftovers(), [])
+        self.assertNotIn(f"{self.store.path}/.links", open_names())
+        self.assertEqual(session.store.staging._taken, set())
 
     async def test_unauthorised(self) -> None:
         nar = nar_of_file(b"x")
