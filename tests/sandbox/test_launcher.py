@@ -269,6 +269,7 @@ class _WithBuildUser(_WithLauncher):
         daemon = subprocess.Popen(
             [sys.executable, "-c", _DAEMON, encoded, *sys.path], stdout=subprocess.PIPE
         )
+        self.addCleanup(daemon.kill)
         assert daemon.stdout is not None
         with daemon.stdout:
             builder = int(daemon.stdout.readline())
@@ -369,6 +370,22 @@ class PlainTests(_WithLauncher, TestCase):
     """Without a container."""
 
     mode = "plain"
+
+    async def test_session(self) -> None:
+        """X24: what stays in the session dies with the builder, while others build, too."""
+        waits, ends = (
+            replace(self.spec(script), ids=None)
+            for script in ("echo go; $b sleep 1000", "$b sleep 1000 >/dev/null 2>&1 & echo $!")
+        )
+        process, other = await self.place.spawn(waits)
+        await other.hear(b"go")
+        seen = await self.place.finish(ends)
+        with contextlib.suppress(ProcessLookupError):  # It is gone already.
+            left = os.pidfd_open(int(seen.text))
+            self.addCleanup(os.close, left)
+            self.assertTrue(select.select([left], [], [], 60)[0])
+        process.signalProcess("KILL")
+        await other.ended
 
     async def test_strays(self) -> None:
         """X24: without a user, what left the session dies when no builder is left."""
