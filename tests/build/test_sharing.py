@@ -27,6 +27,10 @@ class OptionsTests(Fake):
         drv = world.derive("a")
         one = world.build(drv, observer=hasty, timeout=10)
         two = world.build(drv, observer=patient, max_silent_time=30)
+        gone = Recorder()
+        leaving = world.build(drv, observer=gone, timeout=12)
+        leaving.cancel()
+        self.failureResultOf(leaving, CancelledError)
         self.clock.advance(5)
         late = world.build(drv, timeout=10)
         self.launcher["a"].say("x\n")
@@ -35,6 +39,7 @@ class OptionsTests(Fake):
         self.assertEqual(error.status, 101)
         self.assertEqual(hasty.traces[-1], f"@ build-failed {drv} - timeout")
         self.assertIn("timed out after 10 seconds", hasty.logs[-1])
+        self.assertEqual([e[1] for e in hasty.events if e[0] == "words"], [("x",)])
         self.assertNoResult(late)
         self.clock.advance(5)  # It came later, so that its time was over later.
         self.assertEqual(self.error(late).status, 101)
@@ -42,6 +47,7 @@ class OptionsTests(Fake):
         self.launcher["a"].finish()
         self.successResultOf(two)
         self.assertEqual(len(patient.traces), 2)
+        self.assertNotIn("timed out", "".join(gone.logs))
 
     def test_last_limit(self) -> None:
         """B11: when the limits of all are over, the builder is killed and nothing is left."""
@@ -102,15 +108,17 @@ class OptionsTests(Fake):
     def test_other_client_goes_on_in_its_own_slot(self) -> None:
         """B9: a build that goes on for another client counts for that one."""
         world = self.world
-        a, b, c = (world.derive(name) for name in "abc")
+        a, b, c, d = (world.derive(name) for name in "abcd")
         one = world.build(a, max_jobs=1, client_uid=1)
-        two = world.build(a, b, max_jobs=1, client_uid=2)
+        two = world.build(a, b, d, max_jobs=1, client_uid=2)
         self.assertEqual(self.launcher.running, ["a", "b"])
         one.cancel()
         self.failureResultOf(one, CancelledError)
         three = world.build(c, max_jobs=1, client_uid=1)
         self.assertEqual(self.launcher.running, ["a", "b", "c"])
-        for name in "abc":
+        self.launcher["b"].finish()
+        self.assertEqual(self.launcher.running, ["a", "c"])
+        for name in "acd":
             self.launcher[name].finish()
         self.successResultOf(two)
         self.successResultOf(three)
