@@ -16,8 +16,10 @@ from errno import ENOSPC
 from itertools import groupby
 from pathlib import Path
 
+from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from guixd.build.program import beginning, prepare
@@ -194,12 +196,11 @@ class _WithLauncher:
 
     async def descriptors(self) -> list[str]:
         """Return those that the zygote has while it does not fork; one pipe is its own."""
-        for _ in range(20):
-            await self.place.run("true")
+        while True:
             found = descriptors_of(self.place.launcher.zygote_pid)
             if len([name for name in found if name.startswith("pipe:")]) <= 2:
-                break
-        return found
+                return found
+            await deferLater(reactor, 0.01)
 
     async def test_lost_waiting(self) -> None:
         """X34: processes that wait for a build may die; those left end with the zygote."""
