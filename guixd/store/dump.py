@@ -37,6 +37,7 @@ def dump(
     name: str,
     write: Callable[[Block], object],
     links: Links | None = None,
+    check: Check = go_on,
 ) -> int:
     """Give the archive of NAME in the directory DIR_FD to WRITE, in blocks up to 256 KiB.
 
@@ -45,12 +46,14 @@ def dump(
     :param dir_fd: None if NAME is a file name whose directories can be trusted.
     :param links: where the files are shared with equal ones, in the same pass; the tree
         must have the form of the store.
+    :param check: called before each block is given.
     :return: size of the archive in bytes.
     :raises StoreError: an unsupported type, a file that cannot be read or shrank; the
         text names it.
     """
     size = 0
     for block in blocks(dir_fd, name, links):
+        check()
         write(block)
         size += len(block)
     return size
@@ -82,35 +85,26 @@ def hash_and_scan(
     """Hash the archive of NAME and look for HASH_PARTS in it, in one pass.
 
     :param links: as for `dump`.
-    :param check: called after each block.
+    :param check: as for `dump`.
     :raises StoreError: as for `dump`.
     """
     digest = hashlib.sha256()
     scanner = Scanner(hash_parts)
 
-    scan = scanner.update if scanner.wanted else None
-
     def take(block: Block) -> None:
-        check()
         digest.update(block)
-        if scan is not None:
-            scan(block)
+        scanner.update(block)
 
-    size = dump(dir_fd, name, take, links)
+    size = dump(dir_fd, name, take if scanner.wanted else digest.update, links, check)
     return Measured(digest.digest(), size, frozenset(scanner.found))
 
 
 def hash_nar(dir_fd: int | None, name: str, digest: Hash, check: Check = go_on) -> int:
     """Update DIGEST with the archive of NAME and return the archive's size in bytes.
 
-    :param check: called after each block.
+    :param check: as for `dump`.
     """
-
-    def take(block: Block) -> None:
-        check()
-        digest.update(block)
-
-    return dump(dir_fd, name, take)
+    return dump(dir_fd, name, digest.update, check=check)
 
 
 def hash_file(dir_fd: int | None, name: str, digest: Hash, check: Check = go_on) -> os.stat_result:

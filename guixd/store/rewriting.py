@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from guixd.formats.nar import NarParser
 from guixd.formats.path import HASH_LENGTH
 from guixd.store.descent import Check, go_on
-from guixd.store.dump import Block, dump
+from guixd.store.dump import dump
 from guixd.store.restore import TreeWriter
 
 _KEPT = HASH_LENGTH - 1
@@ -36,12 +36,7 @@ def rewrite(
     writer = TreeWriter(dir_fd, new)
     try:
         parser = NarParser(_Rewriter(writer, replacer(hash_parts)))
-
-        def take(block: Block) -> None:
-            check()
-            parser.feed(block)
-
-        dump(dir_fd, name, take)
+        dump(dir_fd, name, parser.feed, check=check)
         parser.finish()
         writer.finish()
     finally:

@@ -13,7 +13,7 @@ from guixd.errors import StoreError
 from guixd.formats.nar import file_size, nar_of_file
 from guixd.formats.path import StoreDirectory, StorePath
 from guixd.store.descent import DIRECTORY_FLAGS
-from guixd.store.dump import Block, dump
+from guixd.store.dump import hash_nar
 from guixd.store.items import Row
 from guixd.store.links import FILE_FLAGS
 from guixd.store.queries import Queries
@@ -84,22 +84,19 @@ class Verification:
 
     def _measure(self, store: int, base: str) -> tuple[bytes, int]:
         """Return hash and size of the archive of the item BASE."""
-        if self._stopped:
-            raise _Stopped
+        self._go_on()
         digest = hashlib.sha256()
         contents = _read_small(store, base)
         if contents is not None:
             text, executable = contents
             digest.update(nar_of_file(text, executable))
             return digest.digest(), file_size(len(text), executable)
-
-        def take(block: Block) -> None:
-            if self._stopped:
-                raise _Stopped
-            digest.update(block)
-
-        size = dump(store, base, take)
+        size = hash_nar(store, base, digest, self._go_on)
         return digest.digest(), size
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise _Stopped
 
 
 def _read_small(store: int, base: str) -> tuple[bytes, bool] | None:
