@@ -14,6 +14,12 @@ BYTES_PER_FILE = 128 << 10
 """For so many bytes of the minimum there must also be room for one more file."""
 
 
+def free_bytes(place: str | int) -> int:
+    """Return how many bytes users may still write to the file system of PLACE."""
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
 class DiskSpace:
     """How much is free where builds write, and who waits for more.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from guixd.build.diskspace import free_bytes
 from guixd.build.job import Interest
 from guixd.formats import hashes, nar
 from guixd.formats.derivation import Output
@@ -96,8 +97,7 @@ class Draft:
 
     def free_bytes(self) -> int:
         """Return how many bytes more the file system takes."""
-        status = os.fstatvfs(self._directory)
-        return status.f_bavail * status.f_frsize
+        return free_bytes(self._directory)
 
     def close(self) -> None:
         """Close it."""

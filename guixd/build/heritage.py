@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from twisted.internet.task import deferLater
 
+from guixd.build.diskspace import free_bytes
 from guixd.build.downloadinputs import without_password
 from guixd.build.downloadtools import DownloadTools
 from guixd.errors import FetchError
@@ -114,8 +115,7 @@ class Heritage:
         descriptor = os.open(name, _CREATE, 0o600, dir_fd=directory)
         try:
             os.fchmod(descriptor, 0o644)
-            status = os.fstatvfs(descriptor)
-            limit = max(status.f_bavail * status.f_frsize - _KEPT_FREE, 0)
+            limit = max(free_bytes(descriptor) - _KEPT_FREE, 0)
 
             def write(block: bytes) -> None:
                 view = memoryview(block)

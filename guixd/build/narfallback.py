@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
+from guixd.build.diskspace import free_bytes
 from guixd.build.downloadtools import DownloadTools
 from guixd.build.threads import to_the_end
 from guixd.errors import BadArchive, FetchError, StoreError
@@ -67,8 +68,7 @@ async def fetch_nar(
 async def _restore(tools: DownloadTools, request: Request, directory: str, output: Output) -> bytes:
     """Restore an archive; return its hash."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    status = os.fstatvfs(opened)
-    request = replace(request, limit=max(status.f_bavail * status.f_frsize - _KEPT_FREE, 0))
+    request = replace(request, limit=max(free_bytes(opened) - _KEPT_FREE, 0))
     writer = TreeWriter(opened, output.path.base)
     parser = NarParser(writer)
     running = hashes.new(output.hash_algorithm)

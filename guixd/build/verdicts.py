@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from twisted.internet.error import ProcessTerminated
 
 from guixd.build.container import is_native
+from guixd.build.diskspace import free_bytes
 from guixd.build.job import Job
 from guixd.build.results import BuildFailure, Status
 from guixd.formats.path import StorePath
@@ -59,7 +60,7 @@ def full_disks(directories: Directories) -> list[str]:
     said = []
     places = (directories.temporary, directories.store)
     for path in {os.stat(path).st_dev: path for path in places}.values():
-        free = _free(path)
+        free = free_bytes(path)
         if free < DISK_FULL:
             said.append(
                 "the disk is nearly full, which may be why the build failed:"
@@ -89,9 +90,3 @@ def _keeping(job: Job) -> list[str]:
 def timed_out(path: StorePath, reason: str) -> BuildFailure:
     """Return what it means that the build of PATH broke a limit, as REASON says."""
     return BuildFailure(Status.TIMED_OUT, f"build of `{path}' {reason}", in_log=True)
-
-
-def _free(path: str) -> int:
-    """Return how many bytes users may still write to the file system of PATH."""
-    free = os.statvfs(path)
-    return free.f_bavail * free.f_frsize
