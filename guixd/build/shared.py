@@ -31,7 +31,7 @@ from guixd.build.workshop import Workshop
 from guixd.formats.derivation import Derivation
 from guixd.formats.path import StorePath
 from guixd.formats.trace import BuildTimedOut
-from guixd.store.locks import is_locked
+from guixd.store.locks import is_locked, lock_file
 
 _log = Logger()
 
@@ -263,7 +263,7 @@ class SharedBuild:
 
     async def _wait_for_locks(self) -> None:
         """Wait, with no slot, until no other process has the lock of an output."""
-        files = [path + ".lock" for path in self.drv.output_paths]
+        files = [lock_file(path) for path in self.drv.output_paths]
         self._locked_out = self._locked_out or any(map(is_locked, files))
         if self._locked_out:
             if not self._told_of_locks:

@@ -44,7 +44,7 @@ from guixd.net.receiving import FetcherLike
 from guixd.store.incoming import Incoming
 from guixd.store.links import Links
 from guixd.store.local import LocalStore
-from guixd.store.locks import PathLocks, is_locked
+from guixd.store.locks import PathLocks, is_locked, lock_file
 
 _log = Logger()
 
@@ -223,7 +223,7 @@ class Substitution:
         """Let those end who make the item already: a build, or another process."""
         await self._claim()
         self._means.claims.free([self.path])
-        file = self.path + ".lock"
+        file = lock_file(self.path)
         if is_locked(file):
             self._warn(f"waiting for the lock on `{self.path}'")
             await released(self._means.reactor, [file])
@@ -259,7 +259,7 @@ class Substitution:
             if not told:
                 told = True
                 self._warn(f"waiting for the lock on `{self.path}'")
-            await self._idly(lambda: released(self._means.reactor, [self.path + ".lock"]))
+            await self._idly(lambda: released(self._means.reactor, [lock_file(self.path)]))
 
     async def _substitute(self) -> None:
         """Try all places until one is right, those twice where a transfer broke.

@@ -23,7 +23,6 @@ from errno import EACCES, EAGAIN, EINTR, ENAMETOOLONG
 from guixd.errors import StoreError
 from guixd.faults import reached
 
-_SUFFIX = ".lock"
 _LONGEST_NAME = 255
 _STALE = b"d"
 # Linux numbers them alike everywhere; `fcntl` names them in CPython 3.9 and later.
@@ -97,12 +96,17 @@ def open_lock_file(path: str) -> int:
     return fd
 
 
+def lock_file(path: str) -> str:
+    """Return the name of the lock file of the item PATH."""
+    return path + ".lock"
+
+
 def check_lockable(path: str) -> None:
     """Test whether a lock file can be made for PATH, even if none is needed at the moment.
 
     :raises StoreError: its name is too long; no daemon could make the item at another time.
     """
-    if len(os.fsencode(os.path.basename(path + _SUFFIX))) > _LONGEST_NAME:
+    if len(os.fsencode(os.path.basename(lock_file(path)))) > _LONGEST_NAME:
         raise StoreError(f"cannot make '{path}': {os.strerror(ENAMETOOLONG)}")
 
 
@@ -173,7 +177,7 @@ class PathLocks:
         :return: `None` if somebody in this or another process has one of them.
         :raises StoreError: a lock file cannot be made.
         """
-        names = sorted({path + _SUFFIX for path in paths}, key=os.fsencode)
+        names = sorted({lock_file(path) for path in paths}, key=os.fsencode)
         if not cls._held.isdisjoint(names):
             return None
         cls._held.update(names)
@@ -197,7 +201,7 @@ class PathLocks:
     @classmethod
     def is_held(cls, path: str) -> bool:
         """Whether this process has the lock of PATH."""
-        return path + _SUFFIX in cls._held
+        return lock_file(path) in cls._held
 
     def release(self, delete: bool) -> None:
         """Give the locks up; nothing happens the second time.
