@@ -16,7 +16,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from guixd.build.request import Level
-from guixd.build.threads import Threads
+from guixd.build.threads import Threads, to_the_end
 from guixd.errors import BadArchive, Busy
 from guixd.formats import operations as op
 from guixd.formats.path import DERIVATION_SUFFIX, StorePath
@@ -111,10 +111,10 @@ class Intake:
 
     async def idle(self) -> None:
         """Wait until no thread writes any more, also if cancelled; only when `done` has fired."""
-        while self._feeding:
+        if self._feeding:
             self._idle = Deferred()
             with suppress(CancelledError):
-                await self._idle
+                await to_the_end(self._idle)
 
 
 def add(session: Session, request: op.AddToStore) -> StorePath | Coroutine[Any, Any, StorePath]:
