@@ -152,7 +152,7 @@ def in_box(
     modules = [(module.__name__, inspect.getsource(module)) for module in (kernel, *programs)]
     return SandboxSpec(
         program=sys.executable,
-        arguments=(*("python3", "-I", "-X", "utf8", "-c", _BOOT, json.dumps(modules)),),
+        arguments=("python3", "-I", "-X", "utf8", "-c", _BOOT, json.dumps(modules)),
         environment=(("PATH", "/usr/bin:/bin"), (_ORDER, json.dumps(order))),
         directory=directory,
         store="",
